@@ -1,0 +1,22 @@
+# `make train` trains the embedded default, `make test` runs all checks; each sets up .venv by itself, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test
+train: $(VENV)/installed-quickstart
+	$(BIN)/python train.py experiment=quickstart overwrite=true
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# Extra `$*` under the exact versions of constraints.txt; a torch that is in .venv already, such as a CPU build, stays.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,393 @@
+"""Every key of a run: its type, its unit and one line of meaning.
+
+YAML states the values; nothing has a default here, so nothing is written twice. This module imports omegaconf and the
+standard library only, so a bad config answers before torch is loaded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(Exception):
+    """A mistake of the user's: key or file:line, value, rule and remedy in one line."""
+
+
+class Expansion(Enum):
+    none = "none"
+    fixed = "fixed"
+    min = "min"
+
+
+class Attention(Enum):
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+class Side(Enum):
+    query = "query"
+    document = "document"
+
+
+class Keep(Enum):
+    all = "all"
+    none = "none"
+
+
+class Activation(Enum):
+    """Classes of torch.nn that need no argument: a saved head names the class alone."""
+
+    identity = "Identity"
+    relu = "ReLU"
+    leaky_relu = "LeakyReLU"
+    gelu = "GELU"
+    silu = "SiLU"
+    mish = "Mish"
+    tanh = "Tanh"
+    sigmoid = "Sigmoid"
+
+
+class DataFormat(Enum):
+    python_functions = "python_functions"
+    pairs = "pairs"
+
+
+class LossName(Enum):
+    contrastive = "contrastive"
+
+
+class OptimizerName(Enum):
+    adamw = "adamw"
+
+
+class Schedule(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Precision(Enum):
+    float32 = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class MaxSimBackend(Enum):
+    auto = "auto"
+    cuda = "cuda"
+    reference = "reference"
+
+
+# Metrics by the name that users read; the values are the names of ir-measures.
+Metric = Enum("Metric", {"ndcg@10": "nDCG@10", "mrr@10": "RR@10", "map": "AP", "recall@100": "R@100"})
+
+
+@dataclass
+class BackboneConfig:
+    """The pretrained encoder and how text becomes its tokens. Where a key may be null, null keeps what the checkpoint says."""
+
+    name: str
+    """Hub name, local folder, or `package:<module>/<folder>` for weights inside an installed Python package."""
+    revision: str | None
+    """Branch, tag or commit of a Hub name; null is its main branch."""
+    sha256: str | None
+    """SHA-256 that `model.safetensors` must have, checked before it is loaded; null checks nothing."""
+    attention: Attention
+    """Attention of the backbone. flash_attention_2 cannot keep unattended expansion tokens apart."""
+    query_length: int | None
+    """Tokens of a query, special ones and prefix included."""
+    document_length: int | None
+    """Tokens a document is cut to, special ones and prefix included."""
+    query_prefix: str | None
+    """Marker put before every query, one token of its own; an empty text means none."""
+    document_prefix: str | None
+    """Marker put before every document, one token of its own; an empty text means none."""
+    expansion: Expansion | None
+    """Fill queries with mask tokens that are scored: fixed is exactly query_length tokens, min at least query_length."""
+    attend_to_expansion: bool
+    """Whether the backbone's attention sees the expansion tokens. No effect without expansion."""
+    skiplist: list[str] | None
+    """Tokens left out of scoring. A word that is no single token of the vocabulary is listed and dropped."""
+    skiplist_sides: list[Side]
+    """Sides that the skiplist applies to."""
+
+
+@dataclass
+class HeadLayer:
+    """One projection layer: activation(linear(x)) plus, with residual, x itself."""
+
+    bias: bool
+    """Whether the linear map has a bias."""
+    activation: Activation
+    """Activation after the linear map."""
+    residual: bool
+    """Add the input to the output. Over unequal widths the input passes a learned, bias-free linear map."""
+    # One of these two gives the width, so each may be left out of a layer.
+    out_features: int | None = None
+    """Width of the layer's output. Where it is given, factor is not read."""
+    factor: float | None = None
+    """Width of the layer's output as a multiple of the backbone's width."""
+
+
+@dataclass
+class HeadConfig:
+    """The projection head: what is kept of the checkpoint's own, then the layers listed here."""
+
+    keep: Keep
+    """Layers kept of the checkpoint's own head. With all, a checkpoint that has none gets one bias-free layer to 128."""
+    layers: list[HeadLayer]
+    """Layers appended after those kept; each takes the width of the one before."""
+
+
+@dataclass
+class DataConfig:
+    """What to train on, and what to evaluate on."""
+
+    format: DataFormat
+    """How the examples lie on disk."""
+    root: str
+    """Folder that relative paths start from."""
+    path: str | None
+    """File of examples (JSON lines, CSV or Parquet, also gzipped), or a folder that holds one per split."""
+    split: str | None
+    """Where path is a folder: the name of its file of training examples, without the ending."""
+    evaluation_path: str | None
+    """Examples to evaluate on, in the same format; null holds out evaluation_fraction."""
+    evaluation_fraction: float
+    """Share of the documents held out for evaluation where no evaluation_path is given; 0 trains without a score."""
+    query_column: str
+    """Column of the query's text."""
+    positive_column: str
+    """Column of the text of the document that answers the query."""
+    negative_columns: list[str] | None
+    """Columns of documents that do not answer it: a text or a list of texts each; null takes every column named
+    negative, negatives or negative_<number>."""
+
+
+@dataclass
+class LossConfig:
+    name: LossName
+    """Loss to minimise."""
+    temperature: float
+    """Divisor of the scores before the softmax."""
+
+
+@dataclass
+class OptimizerConfig:
+    name: OptimizerName
+    """Optimiser."""
+    learning_rate: float
+    """Highest learning rate, reached at the end of the warm-up."""
+    weight_decay: float
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    betas: list[float]
+    """Decay of the running means of the gradient and of its square."""
+    epsilon: float
+    """Added to the root of the second moment."""
+    schedule: Schedule
+    """Learning rate after the warm-up: linear or cosine to 0, or constant."""
+    warmup_fraction: float
+    """Share of all steps in which the learning rate rises linearly from 0."""
+
+
+@dataclass
+class TrainerConfig:
+    steps: int | None
+    """Optimiser steps. Exactly one of steps and epochs is set."""
+    epochs: float | None
+    """Passes over the training examples. Exactly one of steps and epochs is set."""
+    batch_size: int
+    """Queries per optimiser step, over all processes."""
+    accumulation_steps: int
+    """Micro-batches that an optimiser step is cut into; queries of one do not meet the documents of another."""
+    precision: Precision
+    """Precision of the forward and backward pass; weights and sums stay float32."""
+    maxsim: MaxSimBackend
+    """Which MaxSim computes the scores: auto takes the CUDA kernel where it can run, else the reference."""
+    max_gradient_norm: float | None
+    """Gradients are scaled down to this norm; null clips nothing."""
+    chunk_tokens: int
+    """Texts of a batch are sorted by length and encoded in chunks of at most this many tokens, padding included."""
+    log_every_steps: int
+    """Steps between two lines where there is no terminal to draw a progress bar on."""
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int | None
+    """Steps between two evaluations during training; null evaluates before and after only."""
+    metric: Metric
+    """Metric that decides which model is best: ndcg@10, mrr@10, map or recall@100."""
+    batch_size: int
+    """Texts encoded at once."""
+
+
+@dataclass
+class Config:
+    name: str
+    """Name of the run."""
+    output_dir: str
+    """Folder that receives all that the run leaves."""
+    overwrite: bool
+    """Replace the run that output_dir holds."""
+    seed: int
+    """Seed of the new layers, the order of the examples and dropout."""
+    backbone: BackboneConfig
+    head: HeadConfig
+    data: DataConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    evaluation: EvaluationConfig
+
+
+def parse_config(composed: DictConfig) -> Config:
+    """Turn a composed config into dataclasses and check all that the config alone can tell.
+
+    Raises ConfigError that names the key, the value, the rule and the remedy.
+    """
+    try:
+        # A merge of two typed nodes keeps keys added with `+`; through a plain container they are rejected.
+        plain = OmegaConf.to_container(composed, resolve=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(config, Config)
+    for problem in _problems(config):
+        raise ConfigError(problem)
+    return config
+
+
+def save_config(config: Config, path: str) -> None:
+    """Write every key with its value as YAML that `rerun=` reads back."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def explain(error: OmegaConfBaseException) -> str:
+    """One line for an error of omegaconf: the key, the rule, and for an unknown key the nearest known one."""
+    key = error.full_key or ""
+    reason = str(error).split("\n")[0]
+    if "not in" in reason and error.key is not None:
+        return unknown_key(key)
+    if "missing mandatory value" in reason:
+        return f"{key} has no value: set {key}=..."
+    return f"{key}: {reason[0].lower()}{reason[1:]}"
+
+
+def unknown_key(key: str) -> str:
+    """One line for a key that no dataclass has, with the nearest that one has."""
+    known = list(known_keys())
+    generic = ".".join("0" if part.isdigit() else part for part in key.replace("[", ".").replace("]", "").split("."))
+    nearest = get_close_matches(generic, known, n=1, cutoff=0.0) if generic else []
+    # A typo in the last part is most often a typo of a sibling.
+    siblings = [name for name in known if name.rpartition(".")[0] == generic.rpartition(".")[0]]
+    nearest = get_close_matches(generic, siblings, n=1, cutoff=0.6) or nearest
+    return f"{key} is not a key; the nearest is {nearest[0]}; `python train.py --help` lists the groups"
+
+
+def known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema; an element of a list stands at index 0."""
+    hints = get_type_hints(node)
+    for field in fields(node):
+        hint, key = hints[field.name], prefix + field.name
+        yield key
+        element = next((inner for inner in get_args(hint) if is_dataclass(inner)), None)
+        if is_dataclass(hint):
+            yield from known_keys(hint, key + ".")
+        elif isinstance(element, type):
+            yield from known_keys(element, key + ".0.")
+
+
+def _problems(config: Config) -> Iterator[str]:
+    """Rules between keys and of values, each as `key=value rule: remedy`."""
+    yield from _not_positive(
+        ("backbone.query_length", config.backbone.query_length),
+        ("backbone.document_length", config.backbone.document_length),
+        ("loss.temperature", config.loss.temperature),
+        ("optimizer.learning_rate", config.optimizer.learning_rate),
+        ("optimizer.epsilon", config.optimizer.epsilon),
+        ("trainer.steps", config.trainer.steps),
+        ("trainer.epochs", config.trainer.epochs),
+        ("trainer.batch_size", config.trainer.batch_size),
+        ("trainer.accumulation_steps", config.trainer.accumulation_steps),
+        ("trainer.max_gradient_norm", config.trainer.max_gradient_norm),
+        ("trainer.chunk_tokens", config.trainer.chunk_tokens),
+        ("trainer.log_every_steps", config.trainer.log_every_steps),
+        ("evaluation.every_steps", config.evaluation.every_steps),
+        ("evaluation.batch_size", config.evaluation.batch_size),
+    )
+    yield from _head_problems(config.head)
+    yield from _backbone_problems(config.backbone)
+    yield from _data_problems(config.data)
+    if not 0 <= config.seed < 2**32:
+        yield f"seed={config.seed} must lie between 0 and 4294967295"
+    if config.optimizer.weight_decay < 0:
+        yield f"optimizer.weight_decay={config.optimizer.weight_decay} must not be negative"
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        yield f"optimizer.betas={config.optimizer.betas} must be two numbers, each at least 0 and below 1"
+    if not 0 <= config.optimizer.warmup_fraction <= 1:
+        yield f"optimizer.warmup_fraction={config.optimizer.warmup_fraction} must lie between 0 and 1"
+    trainer = config.trainer
+    if (trainer.steps is None) == (trainer.epochs is None):
+        yield (
+            f"trainer.steps={trainer.steps} and trainer.epochs={trainer.epochs}: exactly one must be set, the other null, "
+            "as in trainer.steps=null trainer.epochs=1"
+        )
+    if trainer.batch_size % trainer.accumulation_steps:
+        yield (
+            f"trainer.accumulation_steps={trainer.accumulation_steps} must divide trainer.batch_size={trainer.batch_size}"
+        )
+    if trainer.batch_size // trainer.accumulation_steps < 2:
+        yield (
+            f"trainer.batch_size={trainer.batch_size} in trainer.accumulation_steps={trainer.accumulation_steps} leaves "
+            "one query a micro-batch, which has no other document to be told from: use 2 or more"
+        )
+
+
+def _not_positive(*values: tuple[str, float | None]) -> Iterator[str]:
+    for key, value in values:
+        # `not >` also catches nan.
+        if value is not None and not 0 < value < float("inf"):
+            yield f"{key}={value} must be positive"
+
+
+def _head_problems(head: HeadConfig) -> Iterator[str]:
+    if not head.layers and head.keep is Keep.none:
+        yield "head.layers=[] with head.keep=none leaves no layer: add one, or set head.keep=all"
+    for index, layer in enumerate(head.layers):
+        path = f"head.layers[{index}]"
+        yield from _not_positive((f"{path}.out_features", layer.out_features), (f"{path}.factor", layer.factor))
+        if layer.out_features is None and layer.factor is None:
+            yield f"{path} has no width: set {path}.out_features, or {path}.factor as a multiple of the backbone's width"
+
+
+def _backbone_problems(backbone: BackboneConfig) -> Iterator[str]:
+    expands = backbone.expansion in (Expansion.fixed, Expansion.min)
+    if expands and backbone.query_length is None:
+        assert backbone.expansion is not None
+        yield f"backbone.query_length=null: expansion={backbone.expansion.name} fills queries to a length, so give one"
+    if backbone.attention is Attention.flash_attention_2 and expands and not backbone.attend_to_expansion:
+        yield (
+            "backbone.attention=flash_attention_2 cannot keep unattended expansion tokens apart: "
+            "set backbone.attend_to_expansion=true, backbone.expansion=none or backbone.attention=sdpa"
+        )
+    if backbone.sha256 is not None and (len(backbone.sha256) != 64 or set(backbone.sha256) - set("0123456789abcdef")):
+        yield f"backbone.sha256={backbone.sha256} must be 64 lower-case hexadecimal digits"
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    if not 0 <= data.evaluation_fraction < 1:
+        yield f"data.evaluation_fraction={data.evaluation_fraction} must be at least 0 and below 1"
+    if data.format is DataFormat.pairs and data.path is None:
+        yield "data.path=null: data=pairs needs a file, as in data.path=mine.jsonl"
+    if data.format is DataFormat.python_functions:
+        given: dict[str, Any] = {"path": data.path, "split": data.split, "evaluation_path": data.evaluation_path}
+        for key, value in given.items():
+            if value is not None:
+                yield f"data.{key}={value} has no effect on data=python_functions: use data=pairs for files of your own"

@@ -1,0 +1,121 @@
+"""MaxSim in plain PyTorch, on any device: what every other backend must agree with.
+
+Both operators are lists of blocks, each a slice of queries against a slice of documents, so that the similarities of one
+block at a time are in memory and never all Q x N x I x J of them. Forward saves the winner of each query token; backward
+turns the winners of a block into one matrix and multiplies, which needs no atomic addition and so repeats bit for bit.
+
+Q queries, N documents, I query tokens, J document tokens, H embedding size; R rows of a block = its queries x I
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Similarities held at once, 16 MiB in float32; on a CPU larger blocks leave the cache and are slower.
+BLOCK_ELEMENTS = 2**22
+
+Block = tuple[slice, slice]
+
+
+def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:
+    scores: Tensor = _MaxSim.apply(queries, documents, query_mask, document_mask, None)
+    return scores
+
+
+def maxsim_candidates(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:
+    candidates = documents.shape[1]
+    scores: Tensor = _MaxSim.apply(
+        queries, documents.flatten(0, 1), query_mask, document_mask.flatten(0, 1), candidates
+    )
+    return scores.view(queries.shape[0], candidates)
+
+
+class _MaxSim(torch.autograd.Function):
+    """candidates: None scores all pairs, (Q, N); a number scores query b against documents b * candidates and on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor, candidates: int | None
+    ) -> Tensor:
+        dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+        num_queries, query_tokens, _ = queries.shape
+        num_documents, document_tokens, _ = documents.shape
+        queries_per_document = num_queries if candidates is None else 1
+        scores_QN = torch.zeros(queries_per_document, num_documents, dtype=dtype, device=queries.device)
+        winners = torch.zeros(num_documents, queries_per_document * query_tokens, dtype=torch.int32, device=queries.device)
+        if document_tokens > 0:
+            for query_slice, document_slice in _blocks(num_queries, num_documents, query_tokens, document_tokens, candidates):
+                rows = _rows(query_slice, query_tokens, candidates)
+                best_NR, winners[document_slice, rows] = _best(queries[query_slice], documents[document_slice], document_mask[document_slice], dtype)
+                best_NQI = best_NR.view(best_NR.shape[0], -1, query_tokens)
+                best_NQI = torch.where(query_mask[query_slice], best_NQI, 0.0)
+                scored = document_mask[document_slice].any(dim=1)
+                target = query_slice if candidates is None else slice(0, 1)
+                scores_QN[target, document_slice] = torch.where(scored, best_NQI.sum(dim=2).T, 0.0)
+        ctx.save_for_backward(queries, documents, query_mask, document_mask, winners)
+        ctx.candidates = candidates
+        return scores_QN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_QN: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        queries, documents, query_mask, document_mask, winners = ctx.saved_tensors
+        candidates: int | None = ctx.candidates
+        dtype = gradient_QN.dtype
+        num_queries, query_tokens, _ = queries.shape
+        num_documents, document_tokens, _ = documents.shape
+        query_gradient = torch.zeros(queries.shape, dtype=dtype, device=queries.device)
+        document_gradient = torch.zeros(documents.shape, dtype=dtype, device=documents.device)
+        if document_tokens > 0:
+            for query_slice, document_slice in _blocks(num_queries, num_documents, query_tokens, document_tokens, candidates):
+                rows = _rows(query_slice, query_tokens, candidates)
+                target = query_slice if candidates is None else slice(0, 1)
+                scored = document_mask[document_slice].any(dim=1)
+                gradient_NQ = torch.where(scored, gradient_QN[target, document_slice], 0.0).T
+                weight_NR = (gradient_NQ.unsqueeze(2) * query_mask[query_slice]).flatten(1)
+                # Each row has one winner, so every element is written once.
+                choice_NJR = torch.zeros(weight_NR.shape[0], document_tokens, weight_NR.shape[1], dtype=dtype, device=queries.device)
+                choice_NJR.scatter_(1, winners[document_slice, rows].long().unsqueeze(1), weight_NR.unsqueeze(1))
+                queries_RH = queries[query_slice].flatten(0, 1).to(dtype)
+                with torch.autocast(queries.device.type, enabled=False):
+                    document_gradient[document_slice] += choice_NJR @ queries_RH
+                    flat_gradient = choice_NJR.flatten(0, 1).T @ documents[document_slice].flatten(0, 1).to(dtype)
+                query_gradient[query_slice] += flat_gradient.view(-1, query_tokens, queries.shape[2])
+        return query_gradient.to(queries.dtype), document_gradient.to(documents.dtype), None, None, None
+
+
+def _best(queries: Tensor, documents: Tensor, document_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Largest similarity of each query token to each document and the document token that has it, both (N, R)."""
+    queries_RH, documents_NJH = queries.flatten(0, 1).to(dtype), documents.to(dtype)
+    # Autocast would round the products to half precision: near 32, bfloat16 scores are 0.125 apart.
+    with torch.autocast(queries.device.type, enabled=False):
+        similarity_NJR = documents_NJH @ queries_RH.T
+    similarity_NJR.masked_fill_(~document_mask.unsqueeze(2), float("-inf"))
+    best = similarity_NJR.max(dim=1)
+    return best.values, best.indices.int()
+
+
+def _blocks(queries: int, documents: int, query_tokens: int, document_tokens: int, candidates: int | None) -> Iterator[Block]:
+    """Slices of queries and documents whose similarities fit BLOCK_ELEMENTS, one pair at least."""
+    pair = max(1, query_tokens * document_tokens)
+    if candidates is not None:
+        step = max(1, BLOCK_ELEMENTS // pair)
+        for query in range(queries):
+            for start in range(query * candidates, (query + 1) * candidates, step):
+                yield slice(query, query + 1), slice(start, min(start + step, (query + 1) * candidates))
+        return
+    query_step = max(1, min(queries, BLOCK_ELEMENTS // pair))
+    document_step = max(1, BLOCK_ELEMENTS // (pair * query_step))
+    for query in range(0, queries, query_step):
+        for document in range(0, documents, document_step):
+            yield slice(query, min(query + query_step, queries)), slice(document, min(document + document_step, documents))
+
+
+def _rows(query_slice: slice, query_tokens: int, candidates: int | None) -> slice:
+    """Where the winners of a block's queries lie among the winners of one document."""
+    if candidates is not None:
+        return slice(0, query_tokens)
+    return slice(query_slice.start * query_tokens, query_slice.stop * query_tokens)

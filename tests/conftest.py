@@ -1,0 +1,79 @@
+"""What several tests need: a tiny backbone on disk, configs without the command line, and the command itself."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from configs.schema import Config, parse_config
+
+ROOT = Path(__file__).parent.parent
+# A few words of its own, the alphabet and punctuation: enough to tokenise any lower-case text.
+WORDS = ["what", "is", "the", "a", "of", "cat", "dog", "fish", "barks", "meows", "swims", "animal", "that", "which"]
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain BERT of two layers, 32 wide, with 64 positions, as `save_pretrained` leaves one."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary += list("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_config(tiny_bert: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Compose a config as the command line does, with the tiny backbone and short texts."""
+
+    def make(*overrides: str) -> Config:
+        ConfigStore.instance().store("schema", Config)
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return parse_config(compose("train", [*tiny_overrides(tiny_bert, tmp_path), *overrides]))
+
+    return make
+
+
+def tiny_overrides(tiny_bert: Path, output: Path) -> list[str]:
+    """What replaces the default's weights by the tiny ones."""
+    return [
+        "name=test",
+        f"output_dir={output}/run",
+        f"backbone.name={tiny_bert}",
+        "backbone.sha256=null",
+        "backbone.query_length=8",
+        "backbone.document_length=16",
+    ]
+
+
+def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Type `python train.py ...`, with the library's network switched off."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=cwd,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

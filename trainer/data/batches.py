@@ -1,0 +1,123 @@
+"""From examples to token batches, in an order that is a pure function of seed, epoch and step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import MultiVectorEncoder
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Texts of one side as chunks of similar length, so that little is padded."""
+
+    chunks: list[dict[str, Any]]
+    """Features for the encoder, shortest texts first."""
+    restore: Tensor
+    """(number of texts,) int64: where each text lies in the concatenated chunks."""
+    tokens: int
+    """Tokens that stand for text, markers and expansion."""
+    padded_tokens: int
+    """Tokens that are computed."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: its queries meet its documents and no others."""
+
+    queries: TokenizedTexts
+    documents: TokenizedTexts
+    """The positive of each query first, in the queries' order, then all explicit negatives."""
+    rows: list[int]
+    """Which training examples these are."""
+    share: float
+    """Queries of this micro-batch over those of the optimiser step: the weight of its mean loss."""
+
+
+class StepBatches(torch.utils.data.Dataset[list[Batch]]):
+    """The micro-batches of each optimiser step, by step from 0.
+
+    An epoch is a permutation of all examples; its last step takes what is left, so none is lost or repeated.
+    """
+
+    def __init__(
+        self,
+        examples: Dataset,
+        encoder: MultiVectorEncoder,
+        *,
+        batch_size: int,
+        accumulation_steps: int,
+        chunk_tokens: int,
+        seed: int,
+    ) -> None:
+        self.examples = examples
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.accumulation_steps = accumulation_steps
+        self.chunk_tokens = chunk_tokens
+        self.seed = seed
+        self.steps_per_epoch = math.ceil(len(examples) / batch_size)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        rows = self.rows(step)
+        micro_batch_size = math.ceil(len(rows) / self.accumulation_steps)
+        return [
+            self._batch(rows[start : start + micro_batch_size], share=len(rows[start : start + micro_batch_size]) / len(rows))
+            for start in range(0, len(rows), micro_batch_size)
+        ]
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of the examples of a step."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        # One generator an epoch; the odd factor keeps (seed, epoch) and (seed + 1, epoch - 1) apart.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(len(self.examples), generator=generator)
+        start = step_in_epoch * self.batch_size
+        return order[start : start + self.batch_size].tolist()
+
+    def _batch(self, rows: list[int], *, share: float) -> Batch:
+        examples = self.examples[rows]
+        documents = examples["positive"] + [text for negatives in examples["negatives"] for text in negatives]
+        return Batch(
+            queries=tokenize(self.encoder, examples["query"], task="query", chunk_tokens=self.chunk_tokens),
+            documents=tokenize(self.encoder, documents, task="document", chunk_tokens=self.chunk_tokens),
+            rows=rows,
+            share=share,
+        )
+
+
+def tokenize(encoder: MultiVectorEncoder, texts: Sequence[str], *, task: str, chunk_tokens: int) -> TokenizedTexts:
+    """Tokenise texts of one side ("query" or "document"), sort them by length and cut them into chunks.
+
+    A chunk has at most chunk_tokens tokens, padding included, and one text at least.
+    """
+    features = encoder.preprocess(list(texts), prompt=encoder.prompts.get(task) or None, task=task)
+    used = features["attention_mask"].bool()
+    if "query_expansion_positions" in features:
+        used = used | features["query_expansion_positions"]
+    lengths, order = used.sum(dim=1).sort(stable=True)
+    chunks, start = [], 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and int(lengths[stop]) * (stop + 1 - start) <= chunk_tokens:
+            stop += 1
+        rows = order[start:stop]
+        # Columns that any text of the chunk uses, whichever side the tokenizer pads.
+        columns = used[rows].any(dim=0)
+        chunks.append(
+            {
+                name: value[rows][:, columns] if isinstance(value, Tensor) and value.shape[:2] == used.shape else value
+                for name, value in features.items()
+            }
+        )
+        start = stop
+    return TokenizedTexts(
+        chunks=chunks,
+        restore=order.argsort(),
+        tokens=int(lengths.sum()),
+        padded_tokens=sum(chunk["attention_mask"].numel() for chunk in chunks),
+    )

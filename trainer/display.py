@@ -1,0 +1,131 @@
+"""What a person reads: the start-up table, the progress of a run, and its end."""
+
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from torch import nn
+
+
+def make_console() -> Console:
+    """A console that prints texts as they are: a `[Q]` in them is no markup. Without a terminal, lines of up to 140 columns."""
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(markup=False, highlight=False, soft_wrap=True, width=140)
+
+
+def print_start(console: Console, encoder: MultiVectorEncoder, facts: dict[str, str]) -> None:
+    """Print the modules with their widths and parameters, then the facts of the run, one a line."""
+    modules = Table(box=None, pad_edge=False, header_style="bold")
+    modules.add_column("module")
+    modules.add_column("what it does")
+    modules.add_column("parameters", justify="right")
+    for module in encoder:
+        count = sum(parameter.numel() for parameter in module.parameters())
+        modules.add_row(type(module).__name__, describe_module(module), f"{count:,}" if count else "")
+    modules.add_row("", "", f"{sum(parameter.numel() for parameter in encoder.parameters()):,}", style="bold")
+    console.print(modules)
+    if note := describe_head([module for module in encoder if isinstance(module, Dense)]):
+        console.print(f"head: {note}")
+    console.print()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for key, value in facts.items():
+        table.add_row(key, value)
+    console.print(table)
+    console.print()
+
+
+def describe_module(module: nn.Module) -> str:
+    """One line about a module: widths, and what it does to them."""
+    match module:
+        case Transformer():
+            return f"{type(module.model).__name__}, {module.get_embedding_dimension()} wide"
+        case Dense():
+            parts = [f"{module.in_features} -> {module.out_features}", type(module.activation_function).__name__]
+            parts += ["bias"] if module.bias else ["no bias"]
+            if module.use_residual:
+                parts.append("residual" if module.in_features == module.out_features else "residual over a learned map")
+            return ", ".join(parts)
+        case MultiVectorMask():
+            sides = " and ".join(module.skiplist_tasks)
+            return f"{len(module.skiplist_words)} tokens not scored in a {sides}" if module.skiplist_words else "scores every token"
+    return "unit length"
+
+
+def describe_head(layers: list[Dense]) -> str | None:
+    """Say when several layers are one linear map: more parameters to train, no function that one layer lacks."""
+    linear = all(isinstance(layer.activation_function, nn.Identity) for layer in layers)
+    return f"{len(layers)} layers without an activation are one linear map in disguise" if linear and len(layers) > 1 else None
+
+
+def print_end(console: Console, result: dict[str, Any]) -> None:
+    """Print the scores before and after, where the models lie, and how to load them."""
+    before, after, best = result["before"], result["after"], result["best"]
+    if before is not None and after is not None:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("")
+        for column in ("before", "after", "change"):
+            table.add_column(column, justify="right")
+        for metric, value in after.items():
+            table.add_row(metric, f"{before[metric]:.4f}", f"{value:.4f}", f"{value - before[metric]:+.4f}")
+        console.print()
+        console.print(table)
+    console.print()
+    if best is not None and best["model"] != result["model"]:
+        console.print(f"best model, of step {best['step']}: {best['model']}")
+    console.print(f"model: {result['model']}")
+    console.print("load it with:")
+    console.print("    from sentence_transformers import MultiVectorEncoder")
+    console.print(f'    model = MultiVectorEncoder("{result["model"]}")')
+    console.print('    scores = model.similarity(model.encode_query(["a query"]), model.encode_document(["a document"]))')
+
+
+class ProgressDisplay:
+    """A bar on a terminal; elsewhere a line every few steps."""
+
+    def __init__(self, console: Console, *, steps: int, log_every_steps: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._log_every_steps = log_every_steps
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._task = self._bar.add_task("training", total=self._steps, status="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def step(self, step: int, metrics: dict[str, float], *, seconds_left: float) -> None:
+        """Show a finished step."""
+        assert self._task is not None, "shown inside the with block"
+        status = (
+            f"loss {metrics['train/loss']:.4f}  lr {metrics['train/learning_rate']:.2e}  "
+            f"{metrics['train/queries_per_second']:.1f} queries/s  "
+            f"{metrics['train/document_tokens_per_second']:,.0f} document tokens/s  "
+            f"padding {metrics['train/padding_fraction']:.0%}"
+        )
+        self._bar.update(self._task, completed=step, status=status)
+        if self._bar.disable and (step % self._log_every_steps == 0 or step in (1, self._steps)):
+            minutes, seconds = divmod(round(seconds_left), 60)
+            self._console.print(f"step {step}/{self._steps}  {status}  {minutes}:{seconds:02d} left")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(line)
