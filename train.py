@@ -7,7 +7,6 @@ slow to import waits until the config has been checked.
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 # Hydra would print its own lines and exit; with this it raises, and one line of ours answers.
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -26,7 +25,7 @@ ConfigStore.instance().store("schema", Config)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line and return its exit status: 0, 1 for a run that failed, 2 for a mistake in what was asked."""
+    """Run the command line. The status is 0, 1 for a run that failed, or 2 for a mistake in what was asked."""
     if {"--help", "-h"} & set(arguments):
         print(help_text(CONFIGS))
         return 0
@@ -65,42 +64,36 @@ def compose_rerun(rerun: list[str], arguments: list[str]) -> DictConfig:
 
 
 def run(config: Config) -> int:
-    """Check, build, train, report."""
+    """Check, build, train, report; what is slow to import comes after the checks that do not need it."""
     from architectures.weights import locate_backbone
-
-    # All that needs no weights first, cheapest first.
-    locate_backbone(config.backbone)
-
-    import datasets
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
-    from transformers.utils import logging as transformers_logging
-
-    from losses import build_loss
-    from losses.maxsim import choose_backend
-    from trainer.data import load_data
-    from trainer.display import make_console, print_end, print_start
-    from trainer.loop import TrainingError, train
-    from trainer.plan import build_accelerator, check_batch, describe_run
     from trainer.run_folder import RunFolder
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(50)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
     folder = RunFolder(config)
     folder.check()
-    try:
-        backend = choose_backend(config.trainer.maxsim.name)
-    except ValueError as error:
-        raise ConfigError(f"trainer.{error}") from error
+    locate_backbone(config.backbone)
+
+    import datasets
+
+    from trainer.data import load_data
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(50)
     data = load_data(config.data)
-    check_batch(config, len(data.train))
-    accelerator = build_accelerator(config)
+
+    from accelerate.utils import set_seed
+    from transformers.utils import logging as transformers_logging
 
     from architectures.factory import build_encoder
+    from losses import build_loss
+    from trainer.display import make_console, print_end, print_start
+    from trainer.loop import TrainingError, train
+    from trainer.plan import build_accelerator, check_batch, choose_maxsim, describe_run
 
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    check_batch(config, len(data.train))
+    backend = choose_maxsim(config)
+    accelerator = build_accelerator(config)
     set_seed(config.seed)
     encoder = build_encoder(config.backbone, config.head)
     console = make_console()
@@ -113,7 +106,8 @@ def run(config: Config) -> int:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    folder.write_result(result | {"maxsim": backend})
+    result["maxsim"] = backend
+    folder.write_result(result)
     print_end(console, result)
     return 0
 

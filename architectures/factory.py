@@ -4,6 +4,8 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import MultiVectorEncoder
@@ -11,10 +13,10 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.util import load_file_path
 from torch import nn
-from transformers import MODEL_MAPPING, AddedToken, AutoConfig, PreTrainedTokenizerBase
+from transformers import MODEL_MAPPING, AddedToken, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from architectures.weights import locate_backbone
-from configs.schema import Activation, BackboneConfig, ConfigError, Expansion, HeadConfig, HeadLayer, Keep
+from configs.schema import Activation, BackboneConfig, ConfigError, HeadConfig, HeadLayer, Keep
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +31,24 @@ def build_encoder(backbone: BackboneConfig, head: HeadConfig) -> MultiVectorEnco
     Raises ConfigError for all that `locate_backbone` refuses and for a prefix that is not one token.
     """
     source = locate_backbone(backbone)
-    loaded = MultiVectorEncoder(source, device="cpu", revision=backbone.revision, model_kwargs=_model_kwargs(backbone, source))
+    loaded = MultiVectorEncoder(
+        source, device="cpu", revision=backbone.revision, model_kwargs=_model_kwargs(backbone, source)
+    )
     transformer, mask = loaded[0], next(module for module in loaded if isinstance(module, MultiVectorMask))
+    assert isinstance(transformer, Transformer), "the loader puts the backbone first"
+    tokenizer = transformer.tokenizer
+    assert tokenizer is not None, "a text backbone has a tokenizer"
     own_layers = [module for module in loaded if isinstance(module, Dense)] if _has_head(source, backbone) else []
     layers = build_head(head, own_layers, transformer.get_embedding_dimension())
     _set_lengths(transformer, backbone)
     if backbone.skiplist is not None:
-        mask = _build_mask(transformer.tokenizer, backbone)
-    encoder = MultiVectorEncoder(
+        mask = _build_mask(tokenizer, backbone)
+    return MultiVectorEncoder(
         modules=[transformer, *layers, mask, Normalize(module_input_name="token_embeddings")],
-        prompts=_add_prefixes(transformer, loaded.prompts, backbone),
+        prompts=_add_prefixes(transformer.model, tokenizer, loaded.prompts, backbone),
+        similarity_fn_name=loaded.similarity_fn_name,
         device="cpu",
     )
-    return encoder
 
 
 def build_head(head: HeadConfig, own_layers: Sequence[Dense], width: int) -> list[Dense]:
@@ -53,11 +60,13 @@ def build_head(head: HeadConfig, own_layers: Sequence[Dense], width: int) -> lis
     specs = list(head.layers)
     if not layers and not specs:
         specs = [DEFAULT_LAYER]
-    for spec in specs:
+    for index, spec in enumerate(specs):
         out_features = spec.out_features
         if out_features is None:
             assert spec.factor is not None, "parse_config lets no layer without a width pass"
             out_features = round(spec.factor * width)
+        if out_features == 0:
+            raise ConfigError(f"head.layers[{index}].factor={spec.factor} of {width} gives a width of 0: raise it")
         layers.append(
             # Every argument: the library's own defaults are Tanh, a bias and the pooled embedding.
             Dense(
@@ -76,9 +85,9 @@ def build_head(head: HeadConfig, own_layers: Sequence[Dense], width: int) -> lis
 def _model_kwargs(backbone: BackboneConfig, source: str) -> dict[str, object]:
     # A checkpoint stored in half precision would otherwise be trained in it.
     kwargs: dict[str, object] = {"dtype": torch.float32, "attn_implementation": backbone.attention.name}
-    model_class = MODEL_MAPPING[type(AutoConfig.from_pretrained(source, revision=backbone.revision))]
+    model_class: Any = MODEL_MAPPING[type(AutoConfig.from_pretrained(source, revision=backbone.revision))]
     # An unused pooler gets no gradient, which breaks DistributedDataParallel at the second step.
-    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+    if "add_pooling_layer" in inspect.signature(model_class).parameters:
         kwargs["add_pooling_layer"] = False
     return kwargs
 
@@ -87,29 +96,37 @@ def _has_head(source: str, backbone: BackboneConfig) -> bool:
     """Whether the checkpoint has projection layers of its own; the loader adds a random one where it has none."""
     modules = load_file_path(source, "modules.json", revision=backbone.revision)
     if modules is not None:
-        with open(modules, encoding="utf-8") as file:
-            return any(module["type"].endswith(".Dense") for module in json.load(file))
-    config = load_file_path(source, "config.json", revision=backbone.revision)
-    with open(config, encoding="utf-8") as file:
-        return "HF_ColBERT" in (json.load(file).get("architectures") or [])
+        return any(
+            module["type"].endswith(".Dense") for module in json.loads(Path(modules).read_text(encoding="utf-8"))
+        )
+    return "HF_ColBERT" in (AutoConfig.from_pretrained(source, revision=backbone.revision).architectures or [])
 
 
 def _set_lengths(transformer: Transformer, backbone: BackboneConfig) -> None:
     if backbone.document_length is not None:
         transformer.document_length = backbone.document_length
-    if backbone.expansion is None:
-        transformer.query_length = backbone.query_length or transformer.query_length
+    if backbone.expansion is None and backbone.query_length is None:
         return
-    # Assigned first: the library refuses an expansion that is longer than the query length it finds.
-    transformer.query_length = None if backbone.expansion is Expansion.min else backbone.query_length
-    if backbone.expansion is Expansion.none:
+    own = transformer.query_expansion
+    length = backbone.query_length or (own["length"] if own else transformer.query_length)
+    strategy: str = own["strategy"] if own else "none"
+    attend = own["attend"] if own else False
+    if backbone.expansion is not None:
+        strategy, attend = backbone.expansion.name, backbone.attend_to_expansion
+    # Lifted first: the library refuses an expansion that is longer than the query length it finds.
+    transformer.query_length = None
+    if strategy == "none":
         transformer.query_expansion = None
     else:
+        assert length is not None, "parse_config asks for the length that an expansion fills"
         transformer.query_expansion = {
-            "strategy": backbone.expansion.name,
-            "attend": backbone.attend_to_expansion,
-            "length": backbone.query_length,
+            "strategy": "min" if strategy == "min" else "fixed",
+            "attend": attend,
+            "length": length,
+            "token": own["token"] if own else None,
         }
+    if strategy != "min":
+        transformer.query_length = length
 
 
 def _build_mask(tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig) -> MultiVectorMask:
@@ -122,26 +139,35 @@ def _build_mask(tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig) ->
     return MultiVectorMask(known, skiplist_tasks=[side.name for side in backbone.skiplist_sides])
 
 
-def _add_prefixes(transformer: Transformer, own_prompts: dict[str, str], backbone: BackboneConfig) -> dict[str, str]:
+def _add_prefixes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    own_prompts: dict[str, str | None],
+    backbone: BackboneConfig,
+) -> dict[str, str]:
     """Make each prefix one special token, which stands right after the first special token as in PyLate."""
-    prompts, tokenizer = dict(own_prompts), transformer.tokenizer
+    prompts = {side: prompt or "" for side, prompt in own_prompts.items()}
     for side, prefix in (("query", backbone.query_prefix), ("document", backbone.document_prefix)):
         if prefix is None:
             continue
         prompts[side] = prefix
         if not prefix:
             continue
-        # A marker that the vocabulary already has, such as [unused0], is taken with or without its trailing space.
-        marker = prefix.strip() if prefix.strip() in tokenizer.get_vocab() else prefix
+        # A marker that the vocabulary holds but text never gives, such as [unused0], is taken as it is.
+        word = prefix.strip()
+        is_marker = word in tokenizer.added_tokens_encoder or tokenizer.tokenize(word) != [word]
+        marker = word if word in tokenizer.get_vocab() and is_marker else prefix
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [AddedToken(marker, normalized=False, special=True)]},
             replace_extra_special_tokens=False,
         )
-        if len(tokenizer.tokenize(prefix)) != 1:
+        if len(tokens := tokenizer.tokenize(prefix)) != 1:
             raise ConfigError(
-                f"backbone.{side}_prefix={prefix!r} must be one token, the tokenizer makes {tokenizer.tokenize(prefix)}: "
+                f"backbone.{side}_prefix={prefix!r} must be one token, the tokenizer makes {tokens} of it: "
                 "use a marker such as '[Q] ' or an empty text"
             )
-    if len(tokenizer) > transformer.model.get_input_embeddings().num_embeddings:
-        transformer.model.resize_token_embeddings(len(tokenizer))
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    if len(tokenizer) > embeddings.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
     return prompts

@@ -72,6 +72,9 @@ def _file(source: str, filename: str, backbone: BackboneConfig) -> Path:
     # Imported here: a local run needs no network library.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # one line of ours instead of one a retry
 
     rule = "is neither a folder, an installed package (package:<module>/<folder>) nor a reachable Hub name"
     try:
@@ -91,7 +94,7 @@ def _positions(config: dict[str, Any]) -> int | None:
     if not isinstance(positions, int) or positions < 1:
         return None
     if config.get("model_type") in ROBERTA_FAMILY:
-        return positions - (config.get("pad_token_id") or 0) - 1
+        return positions - int(config.get("pad_token_id", 1)) - 1
     return positions
 
 
@@ -100,6 +103,6 @@ def _check_sha256(path: Path, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise ConfigError(
-            f"backbone.sha256={expected}: {path} has {found}: these are other weights; install the published ones again, "
-            "or set backbone.sha256=null to take them"
+            f"backbone.sha256={expected}: {path} has {found}: these are other weights; install the published "
+            "ones again, or set backbone.sha256=null to take them"
         )

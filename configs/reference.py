@@ -28,7 +28,10 @@ def help_text(configs: Path) -> str:
         lines += [f"    {member:<{width}}  {comment}" for member, comment in members.items()]
     lines += ["", "Examples:"]
     lines += [f"    {command}\n        {comment}" for command, comment in EXAMPLES]
-    lines += ["", "Every key: README.md, or `python train.py --cfg job` for the values of a command without running it."]
+    lines += [
+        "",
+        "Every key: README.md, or `python train.py --cfg job` for the values of a command without running it.",
+    ]
     return "\n".join(lines)
 
 
@@ -55,7 +58,8 @@ def explain_composition(error: HydraException | OmegaConfBaseException, configs:
         group, _, member = error.missing_cfg_file.rpartition("/")
         members = groups(configs).get(group)
         if members:
-            return f"{group}={member} is no member of {group}{_nearest(member, members)}; its members are {', '.join(members)}"
+            nearest = get_close_matches(member, members, n=1, cutoff=0.0)[0]
+            return f"{group}={member} is no member; the nearest is {nearest}, of {', '.join(members)}"
         return f"{error.missing_cfg_file}: there is no such config; the groups are {', '.join(groups(configs))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be parsed: write key=value, in quotes where the shell would take it apart"
@@ -67,11 +71,6 @@ def explain_composition(error: HydraException | OmegaConfBaseException, configs:
                 return unknown_key(f"{refused[1]}[0].{cause.full_key}")
             return explain(cause)
     return unknown_key(refused[1].partition("@")[0]) if refused else str(error).splitlines()[0]
-
-
-def _nearest(name: str, names: dict[str, str]) -> str:
-    nearest = get_close_matches(name, names, n=1)
-    return f", did you mean {nearest[0]}?" if nearest else ""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -4,6 +4,7 @@ YAML states the values; nothing has a default here, so nothing is written twice.
 standard library only, so a bad config answers before torch is loaded.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -90,7 +91,7 @@ Metric = Enum("Metric", {"ndcg@10": "nDCG@10", "mrr@10": "RR@10", "map": "AP", "
 
 @dataclass
 class BackboneConfig:
-    """The pretrained encoder and how text becomes its tokens. Where a key may be null, null keeps what the checkpoint says."""
+    """The pretrained encoder and how text becomes its tokens. A key that is null keeps what the checkpoint says."""
 
     name: str
     """Hub name, local folder, or `package:<module>/<folder>` for weights inside an installed Python package."""
@@ -109,13 +110,13 @@ class BackboneConfig:
     document_prefix: str | None
     """Marker put before every document, one token of its own; an empty text means none."""
     expansion: Expansion | None
-    """Fill queries with mask tokens that are scored: fixed is exactly query_length tokens, min at least query_length."""
+    """Fill queries with mask tokens, which are scored: to exactly query_length tokens (fixed), or at least (min)."""
     attend_to_expansion: bool
-    """Whether the backbone's attention sees the expansion tokens. No effect without expansion."""
+    """Whether the backbone's attention sees the expansion tokens; read where expansion is fixed or min."""
     skiplist: list[str] | None
     """Tokens left out of scoring. A word that is no single token of the vocabulary is listed and dropped."""
     skiplist_sides: list[Side]
-    """Sides that the skiplist applies to."""
+    """Sides that the skiplist applies to; read where there is a skiplist."""
 
 
 @dataclass
@@ -140,7 +141,7 @@ class HeadConfig:
     """The projection head: what is kept of the checkpoint's own, then the layers listed here."""
 
     keep: Keep
-    """Layers kept of the checkpoint's own head. With all, a checkpoint that has none gets one bias-free layer to 128."""
+    """Layers kept of the checkpoint's own head. Where all are kept, there is none and none is listed: one to 128."""
     layers: list[HeadLayer]
     """Layers appended after those kept; each takes the width of the one before."""
 
@@ -167,11 +168,13 @@ class DataConfig:
     """Column of the text of the document that answers the query."""
     negative_columns: list[str] | None
     """Columns of documents that do not answer it: a text or a list of texts each; null takes every column named
-    negative, negatives or negative_<number>."""
+    negative, negatives, negative_1, negative_2 and so on."""
 
 
 @dataclass
 class LossConfig:
+    """What is minimised."""
+
     name: LossName
     """Loss to minimise."""
     temperature: float
@@ -180,6 +183,8 @@ class LossConfig:
 
 @dataclass
 class OptimizerConfig:
+    """How a gradient becomes a step."""
+
     name: OptimizerName
     """Optimiser."""
     learning_rate: float
@@ -198,6 +203,8 @@ class OptimizerConfig:
 
 @dataclass
 class TrainerConfig:
+    """How long, in which batches and in which precision."""
+
     steps: int | None
     """Optimiser steps. Exactly one of steps and epochs is set."""
     epochs: float | None
@@ -220,6 +227,8 @@ class TrainerConfig:
 
 @dataclass
 class EvaluationConfig:
+    """When the model is scored, and by what the best one is chosen."""
+
     every_steps: int | None
     """Steps between two evaluations during training; null evaluates before and after only."""
     metric: Metric
@@ -230,6 +239,8 @@ class EvaluationConfig:
 
 @dataclass
 class Config:
+    """A whole run."""
+
     name: str
     """Name of the run."""
     output_dir: str
@@ -270,25 +281,29 @@ def save_config(config: Config, path: str) -> None:
 
 
 def explain(error: OmegaConfBaseException) -> str:
-    """One line for an error of omegaconf: the key, the rule, and for an unknown key the nearest known one."""
-    key = error.full_key or ""
-    reason = str(error).split("\n")[0]
-    if "not in" in reason and error.key is not None:
+    """One line for an error of omegaconf: key and value, the rule, and for an unknown key the nearest known one."""
+    key, reason = error.full_key or "", str(error).split("\n")[0]
+    if re.search(r"Key '.*' (is )?not in", reason):
         return unknown_key(key)
     if "missing mandatory value" in reason:
         return f"{key} has no value: set {key}=..."
+    if match := re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", reason):
+        return f"{key}={match[1]} must be of type {match[2].lower()}"
+    if match := re.fullmatch(r"Invalid value '(.*)', expected one of \[(.*)\]", reason):
+        return f"{key}={match[1]} must be one of {match[2]}"
+    if key.endswith("]") and "Invalid type assigned" in reason:
+        return f"{key} does not exist: to lengthen a list, give it whole, as in 'head.layers=[{{...}},{{...}}]'"
     return f"{key}: {reason[0].lower()}{reason[1:]}"
 
 
 def unknown_key(key: str) -> str:
     """One line for a key that no dataclass has, with the nearest that one has."""
+    parts = ["0" if part.isdigit() else part for part in key.replace("[", ".").replace("]", "").split(".")]
     known = list(known_keys())
-    generic = ".".join("0" if part.isdigit() else part for part in key.replace("[", ".").replace("]", "").split("."))
-    nearest = get_close_matches(generic, known, n=1, cutoff=0.0) if generic else []
-    # A typo in the last part is most often a typo of a sibling.
-    siblings = [name for name in known if name.rpartition(".")[0] == generic.rpartition(".")[0]]
-    nearest = get_close_matches(generic, siblings, n=1, cutoff=0.6) or nearest
-    return f"{key} is not a key; the nearest is {nearest[0]}; `python train.py --help` lists the groups"
+    same_name = [name for name in known if name.split(".")[-1] == parts[-1]]
+    siblings = [name for name in known if name.split(".")[:-1] == parts[:-1]]
+    nearest = same_name or get_close_matches(".".join(parts), siblings or known, n=1, cutoff=0.0)
+    return f"{key} is no key; the nearest is {nearest[0]} (README.md lists all)"
 
 
 def known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
@@ -298,7 +313,7 @@ def known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
         hint, key = hints[field.name], prefix + field.name
         yield key
         element = next((inner for inner in get_args(hint) if is_dataclass(inner)), None)
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from known_keys(hint, key + ".")
         elif isinstance(element, type):
             yield from known_keys(element, key + ".0.")
@@ -336,17 +351,18 @@ def _problems(config: Config) -> Iterator[str]:
     trainer = config.trainer
     if (trainer.steps is None) == (trainer.epochs is None):
         yield (
-            f"trainer.steps={trainer.steps} and trainer.epochs={trainer.epochs}: exactly one must be set, the other null, "
-            "as in trainer.steps=null trainer.epochs=1"
+            f"trainer.steps={trainer.steps} and trainer.epochs={trainer.epochs}: exactly one must be set, the other "
+            "null, as in trainer.steps=null trainer.epochs=1"
         )
     if trainer.batch_size % trainer.accumulation_steps:
         yield (
-            f"trainer.accumulation_steps={trainer.accumulation_steps} must divide trainer.batch_size={trainer.batch_size}"
+            f"trainer.accumulation_steps={trainer.accumulation_steps} must divide "
+            f"trainer.batch_size={trainer.batch_size}"
         )
     if trainer.batch_size // trainer.accumulation_steps < 2:
         yield (
-            f"trainer.batch_size={trainer.batch_size} in trainer.accumulation_steps={trainer.accumulation_steps} leaves "
-            "one query a micro-batch, which has no other document to be told from: use 2 or more"
+            f"trainer.batch_size={trainer.batch_size} in trainer.accumulation_steps={trainer.accumulation_steps} "
+            "leaves one query a micro-batch, which has no other document to be told from: use 2 or more"
         )
 
 
@@ -364,7 +380,7 @@ def _head_problems(head: HeadConfig) -> Iterator[str]:
         path = f"head.layers[{index}]"
         yield from _not_positive((f"{path}.out_features", layer.out_features), (f"{path}.factor", layer.factor))
         if layer.out_features is None and layer.factor is None:
-            yield f"{path} has no width: set {path}.out_features, or {path}.factor as a multiple of the backbone's width"
+            yield f"{path} has no width: set its out_features, or its factor as a multiple of the backbone's width"
 
 
 def _backbone_problems(backbone: BackboneConfig) -> Iterator[str]:

@@ -14,21 +14,30 @@ from configs.schema import Config, parse_config
 
 ROOT = Path(__file__).parent.parent
 # A few words of its own, the alphabet and punctuation: enough to tokenise any lower-case text.
-WORDS = ["what", "is", "the", "a", "of", "cat", "dog", "fish", "barks", "meows", "swims", "animal", "that", "which"]
+WORDS = ["what", "is", "the", "of", "cat", "dog", "fish", "barks", "meows", "swims", "animal", "that", "which"]
 
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain BERT of two layers, 32 wide, with 64 positions, as `save_pretrained` leaves one."""
     import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("tiny_bert")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *WORDS,
+        *letters,
+        *(f"##{letter}" for letter in letters),
+    ]
     vocabulary += list("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary),
@@ -66,7 +75,9 @@ def tiny_overrides(tiny_bert: Path, output: Path) -> list[str]:
     ]
 
 
-def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Type `python train.py ...`, with the library's network switched off."""
     return subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments],
@@ -77,3 +88,12 @@ def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **envir
         timeout=timeout,
         check=False,
     )
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets that LATEFORGE_DATA names."""
+    folder = os.environ.get("LATEFORGE_DATA")
+    if folder is None or not Path(folder).is_dir():
+        pytest.skip("LATEFORGE_DATA names no folder of real data sets")
+    return Path(folder).resolve()

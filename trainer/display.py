@@ -13,7 +13,7 @@ from torch import nn
 
 
 def make_console() -> Console:
-    """A console that prints texts as they are: a `[Q]` in them is no markup. Without a terminal, lines of up to 140 columns."""
+    """A console that prints texts as they are: a `[Q]` in them is no markup. Without a terminal, lines may be long."""
     console = Console(markup=False, highlight=False, soft_wrap=True)
     return console if console.is_terminal else Console(markup=False, highlight=False, soft_wrap=True, width=140)
 
@@ -54,14 +54,22 @@ def describe_module(module: nn.Module) -> str:
             return ", ".join(parts)
         case MultiVectorMask():
             sides = " and ".join(module.skiplist_tasks)
-            return f"{len(module.skiplist_words)} tokens not scored in a {sides}" if module.skiplist_words else "scores every token"
+            return (
+                f"{len(module.skiplist_words)} tokens not scored in a {sides}"
+                if module.skiplist_words
+                else "scores every token"
+            )
     return "unit length"
 
 
 def describe_head(layers: list[Dense]) -> str | None:
     """Say when several layers are one linear map: more parameters to train, no function that one layer lacks."""
     linear = all(isinstance(layer.activation_function, nn.Identity) for layer in layers)
-    return f"{len(layers)} layers without an activation are one linear map in disguise" if linear and len(layers) > 1 else None
+    return (
+        f"{len(layers)} layers without an activation are one linear map in disguise"
+        if linear and len(layers) > 1
+        else None
+    )
 
 
 def print_end(console: Console, result: dict[str, Any]) -> None:
@@ -83,7 +91,9 @@ def print_end(console: Console, result: dict[str, Any]) -> None:
     console.print("load it with:")
     console.print("    from sentence_transformers import MultiVectorEncoder")
     console.print(f'    model = MultiVectorEncoder("{result["model"]}")')
-    console.print('    scores = model.similarity(model.encode_query(["a query"]), model.encode_document(["a document"]))')
+    console.print(
+        '    scores = model.similarity(model.encode_query(["a query"]), model.encode_document(["a document"]))'
+    )
 
 
 class ProgressDisplay:
@@ -109,7 +119,9 @@ class ProgressDisplay:
         self._task = self._bar.add_task("training", total=self._steps, status="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def step(self, step: int, metrics: dict[str, float], *, seconds_left: float) -> None:

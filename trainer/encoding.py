@@ -30,8 +30,13 @@ def encode_texts(
     outputs = [encoder(_to(chunk, device), task=task) for chunk in texts.chunks]
     longest = max(output["token_embeddings"].shape[1] for output in outputs)
     # Padded here and not before: the backbone computes each chunk at its own length.
-    vectors = [F.pad(output["token_embeddings"], (0, 0, 0, longest - output["token_embeddings"].shape[1])) for output in outputs]
-    masks = [F.pad(output["attention_mask"].bool(), (0, longest - output["attention_mask"].shape[1])) for output in outputs]
+    vectors = [
+        F.pad(output["token_embeddings"], (0, 0, 0, longest - output["token_embeddings"].shape[1]))
+        for output in outputs
+    ]
+    masks = [
+        F.pad(output["attention_mask"].bool(), (0, longest - output["attention_mask"].shape[1])) for output in outputs
+    ]
     restore = texts.restore.to(device)
     return torch.cat(vectors)[restore], torch.cat(masks)[restore]
 
@@ -39,5 +44,6 @@ def encode_texts(
 def _to(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A copy, since modules write their outputs into the features they get."""
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in features.items()
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in features.items()
     }

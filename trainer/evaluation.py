@@ -1,5 +1,7 @@
 """Rank a corpus for every query, exactly, and score the rankings."""
 
+from collections.abc import Iterable
+
 import torch
 from sentence_transformers import MultiVectorEncoder
 from torch import Tensor
@@ -23,7 +25,9 @@ def rank(encoder: MultiVectorEncoder, retrieval: RetrievalSet, *, batch_size: in
     """Return the score of the best documents of the whole corpus, by document id, by query id."""
     was_training = encoder.training
     # Encoding switches to evaluation; the loop goes on with dropout afterwards.
-    queries, query_mask = _pad(encoder.encode_query(list(retrieval.queries.values()), batch_size=batch_size, show_progress_bar=False))
+    queries, query_mask = _pad(
+        encoder.encode_query(list(retrieval.queries.values()), batch_size=batch_size, show_progress_bar=False)
+    )
     document_ids = list(retrieval.corpus)
     best = torch.empty(len(retrieval.queries), 0, device=queries.device)
     best_rows = torch.empty(len(retrieval.queries), 0, dtype=torch.int64, device=queries.device)
@@ -42,8 +46,9 @@ def rank(encoder: MultiVectorEncoder, retrieval: RetrievalSet, *, batch_size: in
     }
 
 
-def _pad(vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _pad(vectors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Pad (tokens, H) vectors of several texts to (N, J, H), with the mask (N, J) of what is real."""
-    lengths = torch.tensor([len(tokens) for tokens in vectors], device=vectors[0].device)
-    padded = pad_sequence(vectors, batch_first=True)
+    texts = list(vectors)
+    padded = pad_sequence(texts, batch_first=True)
+    lengths = torch.tensor([len(tokens) for tokens in texts], device=padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths.unsqueeze(1)

@@ -97,7 +97,7 @@ def train(
                     f"{len(rows) - 1} more examples, all in {path}: look at them, or lower optimizer.learning_rate"
                 )
             norm = accelerator.clip_grad_norm_(model.parameters(), config.trainer.max_gradient_norm or math.inf)
-            learning_rate = schedule.get_last_lr()[0]
+            learning_rate = float(schedule.get_last_lr()[0])
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradient overflowed
                 schedule.step()
@@ -111,7 +111,7 @@ def train(
                 "seconds": seconds,
             }
             totals = {key: totals[key] + value for key, value in counts.items()}
-            metrics = {
+            metrics: dict[str, float] = {
                 "train/loss": loss_value,
                 "train/learning_rate": learning_rate,
                 "train/gradient_norm": float(norm),
@@ -139,7 +139,11 @@ def train(
         "model": str(path),
         "best": None
         if after is None
-        else {"model": str(folder.path / BEST if best_step < steps else path), "step": best_step, config.evaluation.metric.name: best},
+        else {
+            "model": str(folder.path / BEST if best_step < steps else path),
+            "step": best_step,
+            config.evaluation.metric.name: best,
+        },
         "steps": steps,
         "queries": totals["queries"],
         "seconds": time.perf_counter() - started,

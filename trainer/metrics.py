@@ -8,9 +8,7 @@ from configs.schema import Metric
 DEPTH = 100
 
 
-def score_rankings(
-    judgements: dict[str, dict[str, int]], rankings: dict[str, dict[str, float]]
-) -> dict[str, float]:
+def score_rankings(judgements: dict[str, dict[str, int]], rankings: dict[str, dict[str, float]]) -> dict[str, float]:
     """Return the mean of every metric over the judged queries.
 
     judgements: grade by document id, by query id; rankings: score by document id, by query id.

@@ -13,7 +13,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """Return the optimiser over all parameters that need a gradient; biases and norms are not decayed."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": config.weight_decay},
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
     match config.name:
@@ -30,6 +33,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, *, steps: int) -> LRScheduler:
     """Warm-up from 0 over its share of all steps, then the schedule down to 0 at the last step."""
     name = "constant_with_warmup" if config.schedule.name == "constant" else config.schedule.name
-    return get_scheduler(
+    schedule: LRScheduler = get_scheduler(
         name, optimizer, num_warmup_steps=round(config.warmup_fraction * steps), num_training_steps=steps
     )
+    return schedule

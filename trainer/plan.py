@@ -1,11 +1,14 @@
 """What a run will do, in global terms, checked before any weight is loaded and shown before the first step."""
 
+import statistics
+
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Transformer
 
 from configs.schema import Config, ConfigError, Precision
+from losses.maxsim import choose_backend
 from trainer.data import Data
 from trainer.loop import count_steps
 
@@ -20,6 +23,14 @@ def check_batch(config: Config, examples: int) -> None:
             f"trainer.batch_size={config.trainer.batch_size} is larger than the {examples} training examples: "
             f"set {examples} or less"
         )
+
+
+def choose_maxsim(config: Config) -> str:
+    """Return the name of the MaxSim that runs, or raise ConfigError where the one asked for cannot."""
+    try:
+        return choose_backend(config.trainer.maxsim.name)
+    except ValueError as error:
+        raise ConfigError(f"trainer.{error}") from error
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -46,11 +57,12 @@ def describe_run(
     if data.evaluation is not None:
         evaluation = f"{len(data.evaluation.queries):,} queries, {len(data.evaluation.corpus):,} documents"
     steps = count_steps(config, len(data.train))
+    sample = data.train[:SAMPLE]
     return {
         "data": f"{config.data.format.name}, {len(data.train):,} training examples",
         "evaluation": evaluation,
-        "queries": _lengths(encoder, data.train, "query"),
-        "documents": _lengths(encoder, data.train, "document"),
+        "queries": _lengths(encoder, sample["query"], "query"),
+        "documents": _lengths(encoder, sample["positive"], "document"),
         "batch": f"{trainer.batch_size} queries a step, {trainer.accumulation_steps} micro-batch(es) of {micro_batch}, "
         f"{accelerator.num_processes} process(es)",
         "negatives a query": negatives,
@@ -61,19 +73,19 @@ def describe_run(
     }
 
 
-def _lengths(encoder: MultiVectorEncoder, examples: Dataset, task: str) -> str:
-    """The cap of a side, and how much of a sample it cuts."""
+def _lengths(encoder: MultiVectorEncoder, texts: list[str], task: str) -> str:
+    """The cap of a side, how much of a sample it cuts, and what is added to a text."""
     transformer = encoder[0]
-    texts = examples[:SAMPLE]["query" if task == "query" else "positive"]
+    assert isinstance(transformer, Transformer)
+    assert transformer.tokenizer is not None
     prompt = encoder.prompts.get(task) or ""
     lengths = [len(tokens) for tokens in transformer.tokenizer([prompt + text for text in texts])["input_ids"]]
     cap = transformer.query_length if task == "query" else transformer.document_length
-    expansion = transformer.query_expansion if task == "query" else None
-    if cap is None:
-        cap = transformer.tokenizer.model_max_length
+    cap = cap or transformer.tokenizer.model_max_length
     cut = sum(length > cap for length in lengths) / len(lengths)
-    words = f"at most {cap} tokens, which cuts {cut:.0%}; the median is {sorted(lengths)[len(lengths) // 2]}"
-    if expansion:
+    words = f"at most {cap} tokens, which cuts {cut:.0%}; the median is {statistics.median_low(lengths)}"
+    if task == "query" and (expansion := transformer.query_expansion):
+        least = "" if expansion["strategy"] == "fixed" else "at least "
         seen = "attended" if expansion["attend"] else "unattended"
-        words += f"; {'filled' if expansion['strategy'] == 'fixed' else 'at least filled'} to {expansion['length']} with {seen} mask tokens"
+        words += f"; filled to {least}{expansion['length']} with {seen} mask tokens"
     return f"{words}; prefix {prompt!r}" if prompt else words

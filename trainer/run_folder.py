@@ -5,12 +5,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from sentence_transformers import MultiVectorEncoder
 
 from configs.schema import Config, ConfigError, save_config
+
+if TYPE_CHECKING:  # checked before this slow import is made
+    from sentence_transformers import MultiVectorEncoder
 
 CONFIG, METRICS, RESULT, FAILED_BATCH = "config.yaml", "metrics.jsonl", "result.json", "failed_batch.jsonl"
 MODEL, BEST = "model", "best"
@@ -32,7 +34,8 @@ class RunFolder:
         for file, kind in ((RESULT, "a finished run"), (CONFIG, "a run that did not finish")):
             if (self.path / file).exists():
                 raise ConfigError(
-                    f"output_dir={self.path} holds {kind}: set another name= or output_dir=, or overwrite=true to replace it"
+                    f"output_dir={self.path} holds {kind}: set another name= or output_dir=, "
+                    "or overwrite=true to replace it"
                 )
 
     def create(self) -> None:
@@ -52,7 +55,7 @@ class RunFolder:
         with self._writing(METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    def save_model(self, encoder: MultiVectorEncoder, name: str) -> Path:
+    def save_model(self, encoder: "MultiVectorEncoder", name: str) -> Path:
         """Write the model beside its place, then move it there; a failed write leaves nothing."""
         target, unfinished = self.path / name, self.path / f"{name}.unfinished"
         with self._writing(name):
@@ -87,5 +90,6 @@ class RunFolder:
             yield
         except (OSError, SafetensorError) as error:
             raise ConfigError(
-                f"output_dir={self.path}: {name} cannot be written ({error}): free space on the disk or name another folder"
+                f"output_dir={self.path}: {name} cannot be written ({error}): "
+                "free space on the disk or name another folder"
             ) from error

@@ -3,9 +3,9 @@
 s(q, d) = sum over the scored tokens i of q of the maximum over the scored tokens j of d of <q_i, d_j>
 (Khattab and Zaharia 2020, section 3.3).
 
-A masked document token never wins, also when every similarity is negative; a masked query token adds nothing; a document
-without a scored token scores 0 and gets no gradient. The gradient goes to the first of equal maxima. The same inputs give
-the same bits, forward and backward.
+A masked document token never wins, also when every similarity is negative; a masked query token adds nothing; a
+document without a scored token scores 0 and gets no gradient. The gradient goes to the first of equal maxima. The same
+inputs give the same bits, forward and backward.
 
 Shapes: Q queries, N documents, B queries with K candidates each, I query tokens, J document tokens, H embedding size.
 """
@@ -54,7 +54,9 @@ def maxsim_candidates(queries: Tensor, documents: Tensor, query_mask: Tensor, do
     return reference.maxsim_candidates(queries, documents, query_mask, document_mask)
 
 
-def _check(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor, *, document_dimensions: int) -> None:
+def _check(
+    queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor, *, document_dimensions: int
+) -> None:
     if queries.dim() != 3 or documents.dim() != document_dimensions:
         raise ValueError(
             f"queries must have 3 and documents {document_dimensions} dimensions; "

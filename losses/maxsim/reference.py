@@ -1,8 +1,9 @@
 """MaxSim in plain PyTorch, on any device: what every other backend must agree with.
 
-Both operators are lists of blocks, each a slice of queries against a slice of documents, so that the similarities of one
-block at a time are in memory and never all Q x N x I x J of them. Forward saves the winner of each query token; backward
-turns the winners of a block into one matrix and multiplies, which needs no atomic addition and so repeats bit for bit.
+Both operators are lists of blocks, each a slice of queries against a slice of documents, so that the similarities of
+one block at a time are in memory and never all Q x N x I x J of them. Forward saves the winner of each query token;
+backward turns the winners of a block into one matrix and multiplies, which needs no atomic addition and so repeats bit
+for bit.
 
 Q queries, N documents, I query tokens, J document tokens, H embedding size; R rows of a block = its queries x I
 """
@@ -45,11 +46,17 @@ class _MaxSim(torch.autograd.Function):
         num_documents, document_tokens, _ = documents.shape
         queries_per_document = num_queries if candidates is None else 1
         scores_QN = torch.zeros(queries_per_document, num_documents, dtype=dtype, device=queries.device)
-        winners = torch.zeros(num_documents, queries_per_document * query_tokens, dtype=torch.int32, device=queries.device)
+        winners = torch.zeros(
+            num_documents, queries_per_document * query_tokens, dtype=torch.int32, device=queries.device
+        )
         if document_tokens > 0:
-            for query_slice, document_slice in _blocks(num_queries, num_documents, query_tokens, document_tokens, candidates):
+            for query_slice, document_slice in _blocks(
+                num_queries, num_documents, query_tokens, document_tokens, candidates
+            ):
                 rows = _rows(query_slice, query_tokens, candidates)
-                best_NR, winners[document_slice, rows] = _best(queries[query_slice], documents[document_slice], document_mask[document_slice], dtype)
+                best_NR, winners[document_slice, rows] = _best(
+                    queries[query_slice], documents[document_slice], document_mask[document_slice], dtype
+                )
                 best_NQI = best_NR.view(best_NR.shape[0], -1, query_tokens)
                 best_NQI = torch.where(query_mask[query_slice], best_NQI, 0.0)
                 scored = document_mask[document_slice].any(dim=1)
@@ -70,14 +77,18 @@ class _MaxSim(torch.autograd.Function):
         query_gradient = torch.zeros(queries.shape, dtype=dtype, device=queries.device)
         document_gradient = torch.zeros(documents.shape, dtype=dtype, device=documents.device)
         if document_tokens > 0:
-            for query_slice, document_slice in _blocks(num_queries, num_documents, query_tokens, document_tokens, candidates):
+            for query_slice, document_slice in _blocks(
+                num_queries, num_documents, query_tokens, document_tokens, candidates
+            ):
                 rows = _rows(query_slice, query_tokens, candidates)
                 target = query_slice if candidates is None else slice(0, 1)
                 scored = document_mask[document_slice].any(dim=1)
                 gradient_NQ = torch.where(scored, gradient_QN[target, document_slice], 0.0).T
                 weight_NR = (gradient_NQ.unsqueeze(2) * query_mask[query_slice]).flatten(1)
                 # Each row has one winner, so every element is written once.
-                choice_NJR = torch.zeros(weight_NR.shape[0], document_tokens, weight_NR.shape[1], dtype=dtype, device=queries.device)
+                choice_NJR = torch.zeros(
+                    weight_NR.shape[0], document_tokens, weight_NR.shape[1], dtype=dtype, device=queries.device
+                )
                 choice_NJR.scatter_(1, winners[document_slice, rows].long().unsqueeze(1), weight_NR.unsqueeze(1))
                 queries_RH = queries[query_slice].flatten(0, 1).to(dtype)
                 with torch.autocast(queries.device.type, enabled=False):
@@ -98,7 +109,9 @@ def _best(queries: Tensor, documents: Tensor, document_mask: Tensor, dtype: torc
     return best.values, best.indices.int()
 
 
-def _blocks(queries: int, documents: int, query_tokens: int, document_tokens: int, candidates: int | None) -> Iterator[Block]:
+def _blocks(
+    queries: int, documents: int, query_tokens: int, document_tokens: int, candidates: int | None
+) -> Iterator[Block]:
     """Slices of queries and documents whose similarities fit BLOCK_ELEMENTS, one pair at least."""
     pair = max(1, query_tokens * document_tokens)
     if candidates is not None:
@@ -111,7 +124,10 @@ def _blocks(queries: int, documents: int, query_tokens: int, document_tokens: in
     document_step = max(1, BLOCK_ELEMENTS // (pair * query_step))
     for query in range(0, queries, query_step):
         for document in range(0, documents, document_step):
-            yield slice(query, min(query + query_step, queries)), slice(document, min(document + document_step, documents))
+            yield (
+                slice(query, min(query + query_step, queries)),
+                slice(document, min(document + document_step, documents)),
+            )
 
 
 def _rows(query_slice: slice, query_tokens: int, candidates: int | None) -> slice:

@@ -9,10 +9,12 @@ from torch import Tensor
 from losses.maxsim import choose_backend, maxsim, maxsim_candidates, reference
 
 # Sums of a few products of float32 numbers near 1.
-FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
+FLOAT32 = 1e-5
 
 
-def loop_score(query: Tensor, document: Tensor, query_mask: Tensor, document_mask: Tensor) -> tuple[float, Tensor, Tensor]:
+def loop_score(
+    query: Tensor, document: Tensor, query_mask: Tensor, document_mask: Tensor
+) -> tuple[float, Tensor, Tensor]:
     """Score of one pair and its gradient for both sides, token by token, in Python floats."""
     query_gradient, document_gradient = torch.zeros_like(query), torch.zeros_like(document)
     total = 0.0
@@ -69,7 +71,7 @@ def test_all_pairs_equal_the_triple_loop_in_value_and_gradient(
     assert queries.grad is not None
     assert documents.grad is not None
     for ours, loop in zip((scores, queries.grad, documents.grad), expected, strict=True):
-        torch.testing.assert_close(ours.double(), loop, **FLOAT32)
+        torch.testing.assert_close(ours.double(), loop, atol=FLOAT32, rtol=FLOAT32)
 
 
 @pytest.mark.parametrize("block_elements", [2**22, 64, 1], ids=["one block", "several blocks", "a pair a block"])
@@ -158,7 +160,9 @@ def test_half_precision_is_summed_in_float32_also_under_autocast(dtype: torch.dt
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = maxsim(queries, documents, *masks)
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores.double(), maxsim(queries.double(), documents.double(), *masks), **FLOAT32)
+    torch.testing.assert_close(
+        scores.double(), maxsim(queries.double(), documents.double(), *masks), atol=FLOAT32, rtol=FLOAT32
+    )
 
 
 def test_the_same_inputs_give_the_same_bits_forward_and_backward() -> None:
@@ -194,7 +198,8 @@ def test_similarities_of_all_pairs_are_never_held_at_once(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("queries", "documents"), [((0, 3, 4), (2, 5, 4)), ((2, 3, 4), (0, 5, 4)), ((2, 0, 4), (2, 5, 4)), ((2, 3, 4), (2, 0, 4))]
+    ("queries", "documents"),
+    [((0, 3, 4), (2, 5, 4)), ((2, 3, 4), (0, 5, 4)), ((2, 0, 4), (2, 5, 4)), ((2, 3, 4), (2, 0, 4))],
 )
 def test_empty_sides_score_zero(queries: tuple[int, ...], documents: tuple[int, ...]) -> None:
     left, right = torch.randn(queries, requires_grad=True), torch.randn(documents, requires_grad=True)
@@ -232,5 +237,5 @@ def test_inputs_that_do_not_fit_are_refused(broken: dict[str, Tensor], message: 
 
 def test_auto_takes_the_reference_and_cuda_says_what_to_use_instead() -> None:
     assert choose_backend("auto") == "reference"
-    with pytest.raises(ValueError, match="maxsim=cuda: .* use maxsim=auto or maxsim=reference"):
+    with pytest.raises(ValueError, match=r"maxsim=cuda: .* use maxsim=auto or maxsim=reference"):
         choose_backend("cuda")

@@ -1,7 +1,8 @@
 """From files to examples: what a run trains on and what it is scored on.
 
-Examples are a `datasets.Dataset` with the columns query (text), positive (text), negatives (list of texts) and place (where
-the example stands, as file:line). A new format gets a file here that returns such a table, and its line in `load_data`.
+Examples are a `datasets.Dataset` with the columns query (text), positive (text), negatives (list of texts) and place
+(where the example stands, as file:line). A new format gets a file here that returns such a table, and its line in
+`load_data`.
 """
 
 from dataclasses import dataclass
@@ -32,5 +33,7 @@ def load_data(config: DataConfig) -> Data:
         case DataFormat.pairs:
             train, held_out = pairs.load(config)
     if not len(train):
-        raise ConfigError(f"data.path={config.path}: no example is left to train on: give more, or lower data.evaluation_fraction")
+        raise ConfigError(
+            f"data.path={config.path}: no example is left to train on: give more, or lower data.evaluation_fraction"
+        )
     return Data(train, RetrievalSet.from_examples(held_out) if len(held_out) else None)

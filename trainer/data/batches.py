@@ -66,7 +66,9 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
         rows = self.rows(step)
         micro_batch_size = math.ceil(len(rows) / self.accumulation_steps)
         return [
-            self._batch(rows[start : start + micro_batch_size], share=len(rows[start : start + micro_batch_size]) / len(rows))
+            self._batch(
+                rows[start : start + micro_batch_size], share=len(rows[start : start + micro_batch_size]) / len(rows)
+            )
             for start in range(0, len(rows), micro_batch_size)
         ]
 

@@ -26,8 +26,8 @@ NEGATIVE_COLUMN = re.compile(r"negatives?|negative_\d+")
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     """Return training and held-out examples.
 
-    Without an evaluation file, documents are held out by a hash of their text, so none is on both sides; a query that is
-    held out is not trained on either.
+    Without an evaluation file, documents are held out by a hash of their text, so none is on both sides; a query that
+    is held out is not trained on either.
     """
     assert config.path is not None, "parse_config asks for data.path"
     examples = _read("data.path", config.path, config)
@@ -65,21 +65,30 @@ def _read(key: str, name: str, config: DataConfig) -> Dataset:
     for column_key, column in (("query_column", config.query_column), ("positive_column", config.positive_column)):
         if column not in columns:
             raise ConfigError(
-                f"data.{column_key}={column}: {path} has the columns {', '.join(columns)}: name the right one with data.{column_key}=..."
+                f"data.{column_key}={column}: {path} has the columns {', '.join(columns)}: "
+                f"name the right one with data.{column_key}=..."
             )
     negatives = config.negative_columns
     if negatives is None:
         negatives = [column for column in columns if NEGATIVE_COLUMN.fullmatch(column)]
     elif missing := [column for column in negatives if column not in columns]:
-        raise ConfigError(f"data.negative_columns: {path} has no {', '.join(missing)}; its columns are {', '.join(columns)}")
+        raise ConfigError(
+            f"data.negative_columns: {path} has no {', '.join(missing)}; its columns are {', '.join(columns)}"
+        )
 
     def normalise(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
-        by_line = lines is not None and len(lines) == len(table)
-        places = [f"{path}:{lines[row]}" if by_line else f"{path} example {row + 1}" for row in rows]
+        by_line = lines if lines is not None and len(lines) == len(table) else None
+        places = [f"{path}:{by_line[row]}" if by_line else f"{path} example {row + 1}" for row in rows]
         documents = [batch[column] for column in negatives]
         return {
-            "query": [_text(*cell, column=config.query_column) for cell in zip(batch[config.query_column], places, strict=True)],
-            "positive": [_text(*cell, column=config.positive_column) for cell in zip(batch[config.positive_column], places, strict=True)],
+            "query": [
+                _text(*cell, column=config.query_column)
+                for cell in zip(batch[config.query_column], places, strict=True)
+            ],
+            "positive": [
+                _text(*cell, column=config.positive_column)
+                for cell in zip(batch[config.positive_column], places, strict=True)
+            ],
             "negatives": [
                 [
                     _text(text, place, column=column)
@@ -95,18 +104,21 @@ def _read(key: str, name: str, config: DataConfig) -> Dataset:
 
 
 def _find(key: str, name: str, config: DataConfig) -> Path:
-    """The file that a path names: under data.root, else under the working folder; in a folder, the file of the split."""
+    """The file that a path names: under data.root, else in the working folder; of a folder, the file of the split."""
     candidates = [Path(config.root, name), Path(name)]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
         looked = " nor ".join(dict.fromkeys(str(candidate) for candidate in candidates))
         raise ConfigError(f"{key}={name}: found neither {looked}: give an existing file, or set data.root")
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.split(".")[0] == config.split and _ending(file) in READERS)
+        files = sorted(
+            file for file in path.iterdir() if file.name.split(".")[0] == config.split and _ending(file) in READERS
+        )
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
             raise ConfigError(
-                f"data.split={config.split}: {path} must hold one file {config.split}.<jsonl, csv, tsv or parquet>; found {found}"
+                f"data.split={config.split}: {path} must hold one file {config.split}.<jsonl, csv, tsv or parquet>; "
+                f"found {found}"
             )
         path = files[0]
     if _ending(path) not in READERS:
@@ -149,7 +161,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
                     if line.strip():
                         json.loads(line)
                 except json.JSONDecodeError as malformed:
-                    return f"{path}:{number} is no JSON ({malformed.msg} at column {malformed.colno}): mend or remove the line"
+                    reason = f"{malformed.msg} at column {malformed.colno}"
+                    return f"{path}:{number} is no JSON ({reason}): mend or remove the line"
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -1,7 +1,7 @@
 """Real text without a download: the documented functions of the running Python's standard library.
 
-Query: the first sentence of the docstring's first paragraph. Document: the source without the docstring, as `ast.unparse`
-writes it. Whole modules are held out for evaluation, by a hash of their path, so no file is on both sides.
+Query: the first sentence of the docstring's first paragraph. Document: the source without the docstring, as
+`ast.unparse` writes it. Whole modules are held out for evaluation, by a hash of their path: no file is on both sides.
 """
 
 import ast
@@ -36,7 +36,9 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
                 seen.add(query)
                 side = held_out if bucket < round(100 * config.evaluation_fraction) else train
                 side.append((query, source, [], f"{module}:{line}"))
-    return tuple(Dataset.from_list([dict(zip(columns, row, strict=True)) for row in side]) for side in (train, held_out))
+    return tuple(
+        Dataset.from_list([dict(zip(columns, row, strict=True)) for row in side]) for side in (train, held_out)
+    )
 
 
 def _modules(library: Path) -> Iterator[Path]:

@@ -1,0 +1,103 @@
+"""Every rule of the config by its exact key, and every preset by composing it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from configs.schema import Activation, Config, ConfigError, known_keys, parse_config, save_config, unknown_key
+from tests.conftest import ROOT
+
+MakeConfig = Callable[..., Config]
+PRESETS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in (ROOT / "configs").glob("*/*.yaml")
+    if path.parent.name != "experiment"
+)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes_and_states_every_value(preset: str, make_config: MakeConfig) -> None:
+    extra = ["data.path=mine.jsonl"] if preset == "data=pairs" else []
+    config = make_config(preset, *extra)
+    assert "???" not in OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: MakeConfig) -> None:
+    quickstart, default = make_config("experiment=quickstart"), make_config()
+    assert quickstart == default  # the fixture names both
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("head.layers.0.out_features=0", r"^head\.layers\[0\]\.out_features=0 must be positive$"),
+        ("head.layers.0.out_features=-3", r"^head\.layers\[0\]\.out_features=-3 must be positive$"),
+        ("head.layers.0.out_features=null", r"^head\.layers\[0\] has no width: set its out_features"),
+        ("head.layers=[]", r"^head\.layers=\[\] with head\.keep=none leaves no layer"),
+        ("backbone.query_length=0", r"^backbone\.query_length=0 must be positive$"),
+        ("backbone.query_length=null", r"^backbone\.query_length=null: expansion=fixed fills queries"),
+        ("backbone.attention=flash_attention_2", r"^backbone\.attention=flash_attention_2 cannot keep unattended"),
+        ("backbone.sha256=abc", r"^backbone\.sha256=abc must be 64 lower-case hexadecimal digits$"),
+        ("data.evaluation_fraction=1", r"^data\.evaluation_fraction=1\.0 must be at least 0 and below 1$"),
+        ("data.path=x.jsonl", r"^data\.path=x\.jsonl has no effect on data=python_functions"),
+        ("data=pairs", r"^data\.path=null: data=pairs needs a file"),
+        ("seed=-1", r"^seed=-1 must lie between 0 and 4294967295$"),
+        ("loss.temperature=0", r"^loss\.temperature=0\.0 must be positive$"),
+        ("optimizer.learning_rate=.nan", r"^optimizer\.learning_rate=nan must be positive$"),
+        ("optimizer.weight_decay=-1", r"^optimizer\.weight_decay=-1\.0 must not be negative$"),
+        ("optimizer.betas=[0.9]", r"^optimizer\.betas=\[0\.9\] must be two numbers"),
+        ("optimizer.warmup_fraction=2", r"^optimizer\.warmup_fraction=2\.0 must lie between 0 and 1$"),
+        ("trainer.epochs=1", r"^trainer\.steps=60 and trainer\.epochs=1\.0: exactly one must be set"),
+        ("trainer.steps=null", r"^trainer\.steps=None and trainer\.epochs=None: exactly one must be set"),
+        ("trainer.accumulation_steps=5", r"^trainer\.accumulation_steps=5 must divide trainer\.batch_size=32$"),
+        ("trainer.batch_size=1", r"^trainer\.batch_size=1 in trainer\.accumulation_steps=1 leaves one query"),
+        ("evaluation.every_steps=0", r"^evaluation\.every_steps=0 must be positive$"),
+        ("+head.foo=1", r"^head\.foo is no key; the nearest is head\.keep"),
+        ("+optimiser=1", r"^optimiser is no key; the nearest is optimizer"),
+        ("head.layers=[{out_features: 64}]", r"^head\.layers\[0\]\.bias has no value"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_rule(override: str, message: str, make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(override)
+
+
+def test_the_values_of_accepted_keys_arrive(make_config: MakeConfig) -> None:
+    config = make_config("head=mlp_residual", "head.layers.0.out_features=512", "optimizer.learning_rate=3e-5")
+    assert config.head.layers[0].out_features == 512
+    assert config.head.layers[0].activation is Activation.gelu
+    assert config.optimizer.learning_rate == 3e-5
+
+
+def test_the_data_root_comes_from_the_environment(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_config().data.root == "data"
+    monkeypatch.setenv("LATEFORGE_DATA", "elsewhere")
+    assert make_config().data.root == "elsewhere"
+
+
+def test_a_saved_config_is_read_back_equal(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("head=deep", "evaluation.metric=mrr@10", "backbone.skiplist=null")
+    save_config(config, str(tmp_path / "config.yaml"))
+    loaded = OmegaConf.load(tmp_path / "config.yaml")
+    assert OmegaConf.is_dict(loaded)
+    assert parse_config(loaded) == config  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("trainer.stepz", "trainer.steps"),
+        ("head.layers[0].activations", "head.layers.0.activation"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("hed", "head"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
+    assert unknown_key(key) == f"{key} is no key; the nearest is {nearest} (README.md lists all)"
+
+
+def test_known_keys_reach_into_lists_of_layers() -> None:
+    keys = set(known_keys())
+    assert {"seed", "backbone.name", "head.layers", "head.layers.0.out_features", "trainer.maxsim"} <= keys

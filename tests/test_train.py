@@ -1,0 +1,355 @@
+"""Commands as a user types them: what they leave, what they show, and what a mistake gets."""
+
+import gzip
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sentence_transformers import MultiVectorEncoder
+
+from tests.conftest import ROOT, run_command, tiny_overrides
+
+PAIRS = [
+    ("what is a cat", "a cat is an animal that meows", "a fish swims"),
+    ("what is a dog", "a dog is an animal that barks", "a cat meows"),
+    ("which animal swims", "a fish is an animal that swims", "the dog barks"),
+    ("which animal meows", "the cat is the animal that meows", "the fish swims"),
+    ("which animal barks", "the dog is the animal that barks", "the cat meows"),
+    ("what is a fish", "a fish swims", "a dog barks"),
+    ("what meows", "the cat meows", "a dog"),
+    ("what barks", "the dog barks", "a fish"),
+]
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"query": query, "positive": positive, "negative": negative} for query, positive, negative in PAIRS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def tiny_run(tiny_bert: Path, tmp_path: Path, pairs_file: Path) -> list[str]:
+    """Arguments of a run of seconds: tiny weights, eight pairs, scored on themselves."""
+    return [
+        *tiny_overrides(tiny_bert, tmp_path),
+        "data=pairs",
+        f"data.path={pairs_file}",
+        f"data.evaluation_path={pairs_file}",
+        "trainer.batch_size=4",
+        "trainer.steps=3",
+    ]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- what a run leaves ---
+
+
+def test_the_embedded_default_trains_real_weights_and_leaves_a_model_that_stock_code_loads(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = run_command("trainer.steps=2", "trainer.batch_size=8", f"output_dir={output}")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    result = read_json(output / "result.json")
+    assert result["steps"] == 2
+    assert result["queries"] == 16
+    assert result["processes"] == 1
+    assert result["maxsim"] == "reference"
+    assert 0.4 < result["before"]["ndcg@10"] < 1
+    assert result["after"]["ndcg@10"] != result["before"]["ndcg@10"]
+    assert 0 <= result["padding_fraction"] < 1
+    for key in ("seconds", "queries_per_second", "document_tokens_per_second", "peak_memory_bytes"):
+        assert result[key] > 0, key
+    lines = read_lines(output / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["eval/ndcg@10"] == result["before"]["ndcg@10"]
+    assert lines[2]["eval/ndcg@10"] == result["after"]["ndcg@10"]
+    assert all(line["train/loss"] > 0 for line in lines[1:])
+
+    code = (
+        "from sentence_transformers import MultiVectorEncoder\n"
+        f"model = MultiVectorEncoder({result['model']!r})\n"
+        "scores = model.similarity(model.encode_query(['round a number']), model.encode_document(['def round(x): x']))\n"
+        "print(scores.shape, model.get_embedding_dimension())"
+    )
+    stock = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert stock.stdout == "torch.Size([1, 1]) 128\n", stock.stderr
+    assert f'MultiVectorEncoder("{result["model"]}")' in done.stdout
+
+
+def test_the_saved_model_scores_as_the_run_said(tiny_run: list[str], tmp_path: Path) -> None:
+    done = run_command(*tiny_run)
+    assert done.returncode == 0, done.stderr
+    model = MultiVectorEncoder(str(tmp_path / "run" / "model"), device="cpu")
+    documents = list(dict.fromkeys(text for _, positive, negative in PAIRS for text in (positive, negative)))
+    scores = model.similarity(model.encode_query([query for query, *_ in PAIRS]), model.encode_document(documents))
+    ranks = [
+        sum(bool(other > row[documents.index(positive)]) for other in row) + 1
+        for row, (_, positive, _) in zip(scores, PAIRS, strict=True)
+    ]
+    expected = sum(1 / rank if rank <= 10 else 0 for rank in ranks) / len(ranks)
+    assert read_json(tmp_path / "run" / "result.json")["after"]["mrr@10"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rerun_repeats_every_loss(tiny_run: list[str], tmp_path: Path) -> None:
+    first = run_command(*tiny_run, "seed=7")
+    assert first.returncode == 0, first.stderr
+    again = run_command(f"rerun={tmp_path}/run", f"output_dir={tmp_path}/again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    losses = [
+        [line.get("train/loss") for line in read_lines(tmp_path / run / "metrics.jsonl")] for run in ("run", "again")
+    ]
+    assert losses[0] == losses[1]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"run", "again", "pairs.jsonl"}
+
+
+def test_twenty_steps_on_pairs_of_ones_own_learn_them(tiny_run: list[str], tmp_path: Path) -> None:
+    done = run_command(*tiny_run, "trainer.steps=20", "optimizer.learning_rate=3e-3", "evaluation.every_steps=5")
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    losses = [line["train/loss"] for line in lines[1:]]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert [line["step"] for line in lines if "eval/ndcg@10" in line] == [0, 5, 10, 15, 20]
+    best = read_json(tmp_path / "run" / "result.json")["best"]
+    assert best["ndcg@10"] == max(line["eval/ndcg@10"] for line in lines[1:] if "eval/ndcg@10" in line)
+
+
+def test_epochs_set_the_number_of_steps(tiny_run: list[str], tmp_path: Path) -> None:
+    done = run_command(*tiny_run, "trainer.steps=null", "trainer.epochs=1.5", "trainer.batch_size=3")
+    assert done.returncode == 0, done.stderr
+    # 8 examples in batches of 3 are 3 steps an epoch.
+    assert read_json(tmp_path / "run" / "result.json")["steps"] == 5
+
+
+def test_bfloat16_and_accumulation_train(tiny_run: list[str], tmp_path: Path) -> None:
+    done = run_command(*tiny_run, "trainer.precision=bf16", "trainer.accumulation_steps=2", "optimizer.schedule=cosine")
+    assert done.returncode == 0, done.stderr
+    assert "bf16 on cpu" in done.stdout
+    assert "2 micro-batch(es) of 2" in done.stdout
+    assert all(line["train/loss"] > 0 for line in read_lines(tmp_path / "run" / "metrics.jsonl")[1:])
+
+
+def test_training_goes_on_from_a_saved_model_with_its_own_settings(tiny_run: list[str], tmp_path: Path) -> None:
+    first = run_command(*tiny_run, "head=mlp", "head.layers.0.out_features=48")
+    assert first.returncode == 0, first.stderr
+    data = [argument for argument in tiny_run if argument.startswith(("data", "trainer"))]
+    done = run_command(
+        *("backbone=checkpoint", f"backbone.name={tmp_path}/run/model", "head=default", f"output_dir={tmp_path}/more"),
+        *data,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "32 -> 48, GELU, bias" in done.stdout
+    assert "48 -> 128, Identity, no bias" in done.stdout
+    assert f"filled to 8 with unattended mask tokens; prefix {'[Q] '!r}" in done.stdout
+    results = [read_json(tmp_path / run / "result.json") for run in ("run", "more")]
+    assert results[0]["after"] == results[1]["before"]
+
+
+def test_a_sweep_on_the_command_line_leaves_a_run_for_each_job(tiny_run: list[str], tmp_path: Path) -> None:
+    arguments = [argument for argument in tiny_run if not argument.startswith(("name=", "output_dir="))]
+    done = run_command("-m", *arguments, "head=linear,mlp", "trainer.steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = {path.name for path in (tmp_path / "outputs").iterdir() if (path / "result.json").exists()}
+    assert runs == {"minilm-linear-pairs-1", "minilm-mlp-pairs-1"}
+
+
+# --- what a person sees ---
+
+
+def test_the_start_up_table_shows_the_widths_and_the_batch(tiny_run: list[str]) -> None:
+    done = run_command(*tiny_run, "head=mlp_residual", "head.layers.0.out_features=512", "trainer.steps=1")
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    # 32 x 512 weights, as many of the residual's map, 512 biases
+    assert "Dense 32 -> 512, GELU, bias, residual over a learned map 33,280" in lines
+    assert "Dense 512 -> 128, Identity, no bias 65,536" in lines
+    assert "batch 4 queries a step, 1 micro-batch(es) of 4, 1 process(es)" in lines
+    assert "negatives a query 3 in the batch + 4.0 explicit of all its queries" in lines
+    assert "MaxSim reference" in lines
+
+
+def test_two_linear_layers_are_called_what_they_are(tiny_run: list[str]) -> None:
+    done = run_command(*tiny_run, "head=ettin_mlp", "trainer.steps=1")
+    assert "head: 2 layers without an activation are one linear map in disguise" in done.stdout
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_examples(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    done = run_command(*tiny_run, "optimizer.learning_rate=1e30", "optimizer.warmup_fraction=0", "trainer.steps=9")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"error: step 2: the loss is nan; the batch is {tmp_path}/pairs.jsonl:" in done.stderr
+    batch = read_lines(tmp_path / "run" / "failed_batch.jsonl")
+    assert len(batch) == 4
+    assert {example["query"] for example in batch} <= {query for query, *_ in PAIRS}
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# --- what a mistake gets ---
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a mistake gets, without the word before it."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["head.layer=[]"], "head.layer is no key; the nearest is head.layers "),
+        (["+head.foo=1"], "head.foo is no key; the nearest is head.keep "),
+        (["trainer.stepz=5"], "trainer.stepz is no key; the nearest is trainer.steps "),
+        (["hed=mlp"], "hed is no key; the nearest is head "),
+        (["head.layers=[{foo:1}]"], "head.layers[0].foo is no key; the nearest is head.layers.0.factor "),
+        (["head=mlp_residul"], "head=mlp_residul is no member; the nearest is mlp_residual, of deep, default"),
+        (["trainer.steps=abc"], "trainer.steps=abc must be of type integer"),
+        (["trainer.precision=int8"], "trainer.precision=int8 must be one of float32, bf16, fp16"),
+        (["head.layers.0.out_features=wide"], "head.layers[0].out_features=wide must be of type integer"),
+        (["head.layers.0.activation=gelu2"], "head.layers[0].activation=gelu2 must be one of identity, relu"),
+        (["head.layers.0.out_features=0"], "head.layers[0].out_features=0 must be positive"),
+        (["head.layers.3.bias=true"], "head.layers[3] does not exist: to lengthen a list, give it whole"),
+        (["head.layers=[]"], "head.layers=[] with head.keep=none leaves no layer: add one, or set head.keep=all"),
+        (["trainer.epochs=1"], "trainer.steps=60 and trainer.epochs=1.0: exactly one must be set"),
+        (["seed=["], "seed=[ cannot be parsed: write key=value"),
+        (["backbone=checkpoint"], "backbone.name has no value: set backbone.name=..."),
+        (
+            ["backbone.query_length=600"],
+            "backbone.query_length=600 exceeds the backbone's 512 positions: set 512 or less",
+        ),
+        (["backbone.document_length=9999"], "backbone.document_length=9999 exceeds the backbone's 512 positions"),
+        (["backbone.name=package:no_such/model"], "backbone.name=package:no_such/model: no Python package no_such"),
+        (["backbone.name=no/such-model"], "backbone.name=no/such-model is neither a folder, an installed package"),
+        ([f"backbone.sha256={'0' * 64}"], f"backbone.sha256={'0' * 64}: "),
+        (["trainer.maxsim=cuda"], "trainer.maxsim=cuda: this version has no CUDA kernel; use maxsim=auto"),
+        (["rerun=no/such/run"], "rerun=no/such/run: the folder has no config.yaml"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_in_the_config_gets_one_line_and_leaves_nothing(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    assert refused(run_command(*arguments, cwd=tmp_path)).startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ("", [], "data.path={path}: {path} holds no example"),
+        ('{"query": "a", "positive": "b"}\n{"query": "a", \n', [], "{path}:2 is no JSON ("),
+        ('{"query": "a", "positive": "b"}\n\n{"query": " ", "positive": "b"}\n', [], "{path}:3: query is empty"),
+        ('{"query": "a", "positive": "b"}\n{"query": "a"}\n', [], "{path}:2: positive is empty"),
+        ('{"query": "a", "positive": 3}\n', [], "{path}:1: positive=3 must be a text"),
+        (
+            '{"question": "a", "positive": "b"}\n',
+            [],
+            "data.query_column=query: {path} has the columns question, positive: name the right one with data.query_c",
+        ),
+        (
+            '{"query": "a", "positive": "b"}\n' * 5,
+            ["data.evaluation_fraction=0"],
+            "trainer.batch_size=32 is larger than the 5 training examples: set 5 or less",
+        ),
+    ],
+    ids=["empty file", "malformed", "empty query", "no positive", "number", "missing column", "large batch"],
+)
+def test_a_mistake_in_the_data_gets_one_line_with_its_place(
+    content: str, arguments: list[str], message: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    done = run_command(*tiny_overrides(tiny_bert, tmp_path), "data=pairs", f"data.path={path}", *arguments)
+    assert refused(done).startswith(message.format(path=path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_there_says_where_it_was_looked_for(tiny_bert: Path, tmp_path: Path) -> None:
+    done = run_command(
+        *tiny_overrides(tiny_bert, tmp_path), "data=pairs", "data.path=mine.jsonl", cwd=tmp_path, LATEFORGE_DATA="sets"
+    )
+    assert refused(done) == (
+        "data.path=mine.jsonl: found neither sets/mine.jsonl nor mine.jsonl: give an existing file, or set data.root"
+    )
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tiny_run: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "result.json").write_text("{}")
+    message = refused(run_command(*tiny_run))
+    assert message.startswith(
+        f"output_dir={folder} holds a finished run: set another name= or output_dir=, or overwrite"
+    )
+    assert (folder / "result.json").read_text() == "{}"
+    done = run_command(*tiny_run, "overwrite=true", "trainer.steps=1")
+    assert done.returncode == 0, done.stderr
+    assert read_json(folder / "result.json")["steps"] == 1
+
+
+def test_a_full_disk_while_saving_leaves_no_half_written_model(tiny_run: list[str], tmp_path: Path) -> None:
+    def limit() -> None:
+        # Files may grow to 20 kB: logs fit, the weights do not.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *tiny_run, "trainer.steps=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limit,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: output_dir={tmp_path}/run: model cannot be written (")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl"}
+
+
+def test_half_precision_that_needs_a_gpu_says_so(tiny_run: list[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert refused(run_command(*tiny_run, "trainer.precision=fp16")).startswith("trainer.precision=fp16 needs a GPU")
+
+
+def test_help_is_a_page_of_its_own() -> None:
+    done = run_command("--help")
+    assert done.returncode == 0
+    assert "mlp_residual  Widen by 2 with GELU and a residual" in done.stdout
+    assert "python train.py rerun=outputs/quickstart output_dir=outputs/again" in done.stdout
+
+
+# --- real data, where it lies on this machine ---
+
+
+def test_squad_sentences_train_by_their_name(tiny_bert: Path, tmp_path: Path, real_data: Path) -> None:
+    done = run_command(
+        *tiny_overrides(tiny_bert, tmp_path),
+        *("data=pairs", "data.path=squad_sentences", "trainer.steps=3", "data.evaluation_fraction=0.01"),
+        LATEFORGE_DATA=str(real_data),
+    )
+    assert done.returncode == 0, done.stderr
+    with gzip.open(real_data / "squad_sentences" / "train.jsonl.gz", "rt") as file:
+        examples = sum(1 for _ in file)
+    assert examples > 11_000
+    assert f"{read_json(tmp_path / 'run' / 'result.json')['queries']}" == "96"

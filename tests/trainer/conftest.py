@@ -1,0 +1,45 @@
+"""What the trainer's tests share: the tiny encoder, and a cache of its own for the tables that are read."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from sentence_transformers import MultiVectorEncoder
+
+from architectures.factory import build_encoder
+from configs.schema import Config
+
+
+@pytest.fixture
+def encoder(make_config: Callable[..., Config], built: dict[str, MultiVectorEncoder]) -> MultiVectorEncoder:
+    """The tiny backbone, a linear head, markers, expansion and a skiplist; queries of 8 and documents of 16 tokens."""
+    if not built:
+        config = make_config()
+        torch.manual_seed(0)
+        built["encoder"] = build_encoder(config.backbone, config.head)
+    return deepcopy(built["encoder"])
+
+
+@pytest.fixture(scope="session")
+def built() -> dict[str, MultiVectorEncoder]:
+    """Where the encoder is kept that every test gets a copy of."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, which wait for each other on cores that are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `datasets` caches out of the user's folder, and out of the next test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    datasets.disable_progress_bars()

@@ -1,0 +1,262 @@
+"""The order of the examples, the micro-batches of a step, and how texts become chunks of tokens."""
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Transformer
+
+from trainer.data.batches import StepBatches, TokenizedTexts, tokenize
+
+TEXTS = ["the dog barks.", "what", "a cat meows, that swims", "fish", "is it the animal", "a", "which cat is a dog?"]
+
+
+def make_examples(count: int) -> Dataset:
+    """Examples whose texts tell their row; row r has r % 3 negatives."""
+    letters = "bcdefghijklmnopqrstuvwxyz"
+    return Dataset.from_list(
+        [
+            {
+                "query": f"what is {letters[row]}",
+                "positive": f"the {letters[row]} swims" + " a" * (row % 4),
+                "negatives": [f"no {letters[row]} {letters[number]}" for number in range(row % 3)],
+                "place": f"made.jsonl:{row + 1}",
+            }
+            for row in range(count)
+        ]
+    )
+
+
+def make_batches(
+    encoder: MultiVectorEncoder,
+    *,
+    examples: int = 10,
+    batch_size: int = 4,
+    accumulation_steps: int = 1,
+    seed: int = 1,
+) -> StepBatches:
+    return StepBatches(
+        make_examples(examples),
+        encoder,
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        chunk_tokens=20,
+        seed=seed,
+    )
+
+
+def epoch_order(batches: StepBatches, epoch: int) -> list[int]:
+    first = epoch * batches.steps_per_epoch
+    return [row for step in range(first, first + batches.steps_per_epoch) for row in batches.rows(step)]
+
+
+def restored_tokens(texts: TokenizedTexts) -> list[list[int]]:
+    """The tokens of each text, expansion included, in the order in which the texts were given."""
+    rows = []
+    for chunk in texts.chunks:
+        used = chunk["attention_mask"].bool()
+        if "query_expansion_positions" in chunk:
+            used = used | chunk["query_expansion_positions"]
+        rows += [ids[mask].tolist() for ids, mask in zip(chunk["input_ids"], used, strict=True)]
+    return [rows[position] for position in texts.restore.tolist()]
+
+
+def expected_tokens(encoder: MultiVectorEncoder, texts: Sequence[str], task: str) -> list[list[int]]:
+    """The tokens of each text by the tokenizer alone: the marker, the text, cut to its side's length."""
+    length = {"query": 8, "document": 16}[task]
+    encoded = encoder.tokenizer(
+        [f"{encoder.prompts[task]}{text}" for text in texts], truncation=True, max_length=length
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    if task == "query":
+        ids = [tokens + [encoder.tokenizer.mask_token_id] * (length - len(tokens)) for tokens in ids]
+    return ids
+
+
+# The order of the examples
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(10, 4), (8, 4), (7, 7), (9, 2), (3, 1)])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_an_epoch_has_every_example_exactly_once(
+    examples: int, batch_size: int, epoch: int, encoder: MultiVectorEncoder
+) -> None:
+    batches = make_batches(encoder, examples=examples, batch_size=batch_size)
+    assert sorted(epoch_order(batches, epoch)) == list(range(examples))
+
+
+def test_the_last_step_of_an_epoch_takes_what_is_left(encoder: MultiVectorEncoder) -> None:
+    batches = make_batches(encoder, examples=10, batch_size=4)
+    assert [len(batches.rows(step)) for step in range(6)] == [4, 4, 2, 4, 4, 2]
+
+
+def test_the_order_depends_on_seed_and_step_alone(encoder: MultiVectorEncoder) -> None:
+    first = make_batches(encoder)
+    forward = [first.rows(step) for step in range(9)]
+    torch.manual_seed(99)
+    random.seed(99)
+    torch.rand(5)
+    second = make_batches(encoder)
+    assert [second.rows(step) for step in reversed(range(9))] == forward[::-1]
+
+
+def test_the_order_is_the_same_however_a_step_is_accumulated(encoder: MultiVectorEncoder) -> None:
+    whole, halves = make_batches(encoder), make_batches(encoder, accumulation_steps=2)
+    for step in range(3):
+        assert [row for batch in halves[step] for row in batch.rows] == whole[step][0].rows
+
+
+def test_epochs_have_different_orders(encoder: MultiVectorEncoder) -> None:
+    batches = make_batches(encoder, examples=20)
+    assert len({tuple(epoch_order(batches, epoch)) for epoch in range(5)}) == 5
+
+
+def test_seeds_have_different_orders_also_one_epoch_apart(encoder: MultiVectorEncoder) -> None:
+    orders = {
+        tuple(epoch_order(make_batches(encoder, examples=20, seed=seed), epoch))
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(orders) == 9
+
+
+def test_the_largest_seed_that_a_config_takes_has_an_order(encoder: MultiVectorEncoder) -> None:
+    assert sorted(epoch_order(make_batches(encoder, seed=2**32 - 1), 1)) == list(range(10))
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "accumulation_steps", "step", "sizes"),
+    [
+        (10, 4, 1, 0, [4]),
+        (10, 4, 2, 0, [2, 2]),
+        (9, 6, 2, 1, [2, 1]),
+        (8, 6, 3, 1, [1, 1]),
+        (10, 9, 3, 1, [1]),
+    ],
+)
+def test_shares_follow_the_queries_of_each_micro_batch_and_sum_to_one(
+    examples: int,
+    batch_size: int,
+    accumulation_steps: int,
+    step: int,
+    sizes: list[int],
+    encoder: MultiVectorEncoder,
+) -> None:
+    batches = make_batches(encoder, examples=examples, batch_size=batch_size, accumulation_steps=accumulation_steps)
+    micro_batches = batches[step]
+    assert [len(batch.rows) for batch in micro_batches] == sizes
+    assert [batch.share for batch in micro_batches] == [size / sum(sizes) for size in sizes]
+    assert sum(batch.share for batch in micro_batches) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_documents_are_the_positives_in_the_order_of_the_queries_then_all_negatives(
+    encoder: MultiVectorEncoder,
+) -> None:
+    batches = make_batches(encoder, batch_size=6)
+    [batch] = batches[0]
+    examples = batches.examples[batch.rows]
+    documents = examples["positive"] + [text for negatives in examples["negatives"] for text in negatives]
+    assert len(documents) > 6
+    assert restored_tokens(batch.queries) == expected_tokens(encoder, examples["query"], "query")
+    assert restored_tokens(batch.documents) == expected_tokens(encoder, documents, "document")
+
+
+def test_a_micro_batch_has_the_negatives_of_its_own_queries_only(encoder: MultiVectorEncoder) -> None:
+    for batch in make_batches(encoder, batch_size=6, accumulation_steps=2)[0]:
+        assert len(batch.documents.restore) == len(batch.rows) + sum(row % 3 for row in batch.rows)
+
+
+# Chunks
+
+
+@pytest.mark.parametrize("task", ["query", "document"])
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 30, 1000])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_chunks_restored_are_the_tokens_of_the_texts_in_their_order(
+    task: str, chunk_tokens: int, padding_side: str, encoder: MultiVectorEncoder
+) -> None:
+    encoder.tokenizer.padding_side = padding_side
+    tokenized = tokenize(encoder, TEXTS, task=task, chunk_tokens=chunk_tokens)
+    tokens = restored_tokens(tokenized)
+    if task == "query" and padding_side == "left":
+        # The expansion stands where the padding was.
+        expansion = encoder.tokenizer.mask_token_id
+        tokens = [sorted(ids, key=lambda token: token == expansion) for ids in tokens]
+    assert tokens == expected_tokens(encoder, TEXTS, task)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 30, 45, 1000])
+def test_no_chunk_exceeds_chunk_tokens_unless_it_is_one_text(chunk_tokens: int, encoder: MultiVectorEncoder) -> None:
+    tokenized = tokenize(encoder, TEXTS, task="document", chunk_tokens=chunk_tokens)
+    for chunk in tokenized.chunks:
+        texts, width = chunk["input_ids"].shape
+        assert texts == 1 or texts * width <= chunk_tokens
+
+
+@pytest.mark.parametrize("chunk_tokens", [16, 30, 45])
+def test_a_chunk_takes_as_many_texts_as_fit(chunk_tokens: int, encoder: MultiVectorEncoder) -> None:
+    chunks = tokenize(encoder, TEXTS, task="document", chunk_tokens=chunk_tokens).chunks
+    assert len(chunks) > 1
+    for chunk, following in pairwise(chunks):
+        next_length = int(following["attention_mask"].sum(dim=1)[0])
+        assert (len(chunk["input_ids"]) + 1) * next_length > chunk_tokens
+
+
+def test_texts_are_sorted_by_length_within_and_across_chunks(encoder: MultiVectorEncoder) -> None:
+    tokenized = tokenize(encoder, TEXTS, task="document", chunk_tokens=30)
+    lengths = [length for chunk in tokenized.chunks for length in chunk["attention_mask"].sum(dim=1).tolist()]
+    assert lengths == sorted(len(tokens) for tokens in expected_tokens(encoder, TEXTS, "document"))
+    assert len(set(lengths)) > 3
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_a_chunk_is_as_wide_as_its_longest_text(padding_side: str, encoder: MultiVectorEncoder) -> None:
+    encoder.tokenizer.padding_side = padding_side
+    for chunk in tokenize(encoder, TEXTS, task="document", chunk_tokens=30).chunks:
+        longest = int(chunk["attention_mask"].sum(dim=1).max())
+        assert chunk["attention_mask"].shape[1] == longest
+        assert chunk["token_type_ids"].shape == chunk["input_ids"].shape == chunk["attention_mask"].shape
+
+
+def test_document_tokens_are_those_that_the_tokenizer_makes(encoder: MultiVectorEncoder) -> None:
+    texts = [*TEXTS, " ".join(TEXTS)]
+    lengths = [len(tokens) for tokens in expected_tokens(encoder, texts, "document")]
+    tokenized = tokenize(encoder, texts, task="document", chunk_tokens=1)
+    assert max(lengths) == 16
+    assert tokenized.tokens == sum(lengths)
+    assert tokenized.padded_tokens == sum(lengths)
+
+
+def test_padded_tokens_are_texts_times_width_in_one_chunk(encoder: MultiVectorEncoder) -> None:
+    lengths = [len(tokens) for tokens in expected_tokens(encoder, TEXTS, "document")]
+    tokenized = tokenize(encoder, TEXTS, task="document", chunk_tokens=1000)
+    assert tokenized.tokens == sum(lengths)
+    assert tokenized.padded_tokens == len(TEXTS) * max(lengths)
+
+
+def test_expansion_counts_as_tokens(encoder: MultiVectorEncoder) -> None:
+    tokenized = tokenize(encoder, TEXTS, task="query", chunk_tokens=1000)
+    assert tokenized.tokens == tokenized.padded_tokens == 8 * len(TEXTS)
+
+
+def test_without_expansion_the_padding_of_queries_does_not_count(encoder: MultiVectorEncoder) -> None:
+    transformer = encoder[0]
+    assert isinstance(transformer, Transformer)
+    transformer.query_expansion = None
+    tokenized = tokenize(encoder, ["a", "what is the cat"], task="query", chunk_tokens=1000)
+    # [CLS] [Q] a [SEP], and seven of the longer query.
+    assert tokenized.tokens == 4 + 7
+    assert tokenized.padded_tokens == 2 * 7
+
+
+def test_a_text_without_a_marker_gets_none(encoder: MultiVectorEncoder) -> None:
+    encoder.prompts["document"] = ""
+    tokenized = tokenize(encoder, ["the cat"], task="document", chunk_tokens=1000)
+    assert encoder.tokenizer.convert_ids_to_tokens(restored_tokens(tokenized)[0]) == ["[CLS]", "the", "cat", "[SEP]"]

@@ -1,0 +1,193 @@
+"""What is refused before any weight is loaded, and what the start-up table says about a run, made by hand."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Transformer
+
+from configs.schema import Config, ConfigError
+from trainer import plan
+from trainer.data import Data
+from trainer.data.retrieval import RetrievalSet
+from trainer.plan import build_accelerator, check_batch, describe_run
+
+MakeConfig = Callable[..., Config]
+
+# Each word is one token; [CLS], the marker and [SEP] make three more: 4, 5, 6, 9 and 10 tokens.
+QUERIES = ["what", "what is", "what is a", "what is a cat that meows", "which animal is a cat that meows"]
+# 5, 7, 16, 17 and 17 tokens.
+POSITIVES = ["the cat", "a dog that barks", *(" ".join(["fish"] * count) for count in (13, 14, 14))]
+NEGATIVES = [["a", "dog"], [], ["what"], [], ["the", "fish", "swims"]]
+
+
+@pytest.fixture(autouse=True)
+def new_accelerator_state() -> Iterator[None]:
+    """Each test chooses its precision, which the state of a process otherwise keeps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_data(*, negatives: bool = False, evaluation: RetrievalSet | None = None) -> Data:
+    rows = zip(QUERIES, POSITIVES, NEGATIVES, strict=True)
+    return Data(
+        Dataset.from_list(
+            [
+                {"query": query, "positive": positive, "negatives": texts if negatives else [], "place": "made.jsonl:1"}
+                for query, positive, texts in rows
+            ]
+        ),
+        evaluation,
+    )
+
+
+def describe(encoder: MultiVectorEncoder, config: Config, data: Data | None = None) -> dict[str, str]:
+    return describe_run(config, data or make_data(), encoder, Accelerator(cpu=True), "reference")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(("examples", "refused"), [(3, True), (4, False), (5, False)])
+def test_a_batch_larger_than_the_training_set_is_refused(examples: int, refused: bool, make_config: MakeConfig) -> None:
+    config = make_config("trainer.batch_size=4")
+    if not refused:
+        check_batch(config, examples)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_batch(config, examples)
+    assert str(caught.value) == "trainer.batch_size=4 is larger than the 3 training examples: set 3 or less"
+
+
+def test_fp16_without_a_gpu_is_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        build_accelerator(make_config("trainer.precision=fp16"))
+    assert str(caught.value) == ("trainer.precision=fp16 needs a GPU and this machine has none: use float32 or bf16")
+
+
+@pytest.mark.parametrize(("precision", "mixed_precision"), [("float32", "no"), ("bf16", "bf16")])
+def test_the_accelerator_has_the_precision_of_the_config(
+    precision: str, mixed_precision: str, make_config: MakeConfig
+) -> None:
+    assert build_accelerator(make_config(f"trainer.precision={precision}")).mixed_precision == mixed_precision
+
+
+def test_several_processes_are_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ConfigError) as caught:
+        build_accelerator(make_config())
+    assert str(caught.value) == "2 processes were started; this version trains on one: start one"
+
+
+# The start-up table
+
+
+@pytest.mark.parametrize(
+    ("overrides", "negatives", "words"),
+    [
+        ([], False, "3 in the batch"),
+        (["trainer.accumulation_steps=2"], False, "1 in the batch"),
+        # Six of five queries: 1.2 each, times the queries of a micro-batch.
+        ([], True, "3 in the batch + 4.8 explicit of all its queries"),
+        (["trainer.accumulation_steps=2"], True, "1 in the batch + 2.4 explicit of all its queries"),
+    ],
+)
+def test_negatives_are_those_of_a_micro_batch(
+    overrides: list[str], negatives: bool, words: str, encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    config = make_config("trainer.batch_size=4", *overrides)
+    assert describe(encoder, config, make_data(negatives=negatives))["negatives a query"] == words
+
+
+def test_the_batch_is_shown_with_its_micro_batches(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    config = make_config("trainer.batch_size=6", "trainer.accumulation_steps=3")
+    assert describe(encoder, config)["batch"] == "6 queries a step, 3 micro-batch(es) of 2, 1 process(es)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.batch_size=5", "trainer.steps=2000"], "2,000, 2000.00 epochs"),
+        (["trainer.batch_size=5", "trainer.steps=null", "trainer.epochs=3"], "3, 3.00 epochs"),
+        # An epoch of five examples has three steps of two, the last of which takes the one that is left.
+        (["trainer.batch_size=2", "trainer.steps=null", "trainer.epochs=1"], "3, 1.00 epochs"),
+        (["trainer.batch_size=2", "trainer.steps=9"], "9, 3.00 epochs"),
+    ],
+)
+def test_steps_are_shown_with_the_passes_over_the_examples(
+    overrides: list[str], words: str, encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    assert describe(encoder, make_config(*overrides))["steps"] == words
+
+
+def test_lengths_say_the_cap_what_it_cuts_the_median_and_what_is_added(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    facts = describe(encoder, make_config())
+    assert facts["queries"] == (
+        "at most 8 tokens, which cuts 40%; the median is 6; filled to 8 with unattended mask tokens; prefix '[Q] '"
+    )
+    assert facts["documents"] == "at most 16 tokens, which cuts 40%; the median is 16; prefix '[D] '"
+
+
+def test_queries_filled_to_a_least_length_are_cut_where_the_backbone_ends(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    transformer = encoder[0]
+    assert isinstance(transformer, Transformer)
+    transformer.query_length = None
+    transformer.query_expansion = {"strategy": "min", "attend": True, "length": 8}
+    assert describe(encoder, make_config())["queries"] == (
+        "at most 64 tokens, which cuts 0%; the median is 6; filled to at least 8 with attended mask tokens; "
+        "prefix '[Q] '"
+    )
+
+
+def test_without_prefix_and_expansion_the_text_alone_is_measured(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    transformer = encoder[0]
+    assert isinstance(transformer, Transformer)
+    transformer.query_expansion = None
+    encoder.prompts["query"] = ""
+    assert describe(encoder, make_config())["queries"] == "at most 8 tokens, which cuts 20%; the median is 5"
+
+
+def test_lengths_are_those_of_the_first_examples(
+    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "SAMPLE", 3)
+    facts = describe(encoder, make_config())
+    assert facts["queries"].startswith("at most 8 tokens, which cuts 0%; the median is 5;")
+    assert facts["documents"].startswith("at most 16 tokens, which cuts 0%; the median is 7;")
+
+
+def test_the_remaining_facts_are_those_of_config_and_data(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    config = make_config("trainer.precision=bf16")
+    retrieval = RetrievalSet({"q0": "a", "q1": "b"}, {f"d{number}": str(number) for number in range(1234)}, {})
+    facts = describe(encoder, config, make_data(evaluation=retrieval))
+    assert facts["data"] == "python_functions, 5 training examples"
+    assert facts["evaluation"] == "2 queries, 1,234 documents"
+    assert facts["precision"] == "bf16 on cpu"
+    assert facts["MaxSim"] == "reference"
+    assert facts["output"] == config.output_dir
+
+
+def test_a_run_that_asks_for_no_score_says_so(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    config = make_config("data.evaluation_fraction=0")
+    assert describe(encoder, config)["evaluation"] == "none: data.evaluation_fraction=0"
+
+
+def test_a_share_that_holds_nothing_out_of_a_small_set_is_shown_as_it_is(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    config = make_config("data.evaluation_fraction=0.05")
+    line = describe(encoder, config)["evaluation"]
+    assert line.startswith("none: ")
+    assert "data.evaluation_fraction=0.05" in line
