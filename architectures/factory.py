@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
@@ -31,9 +32,14 @@ def build_encoder(backbone: BackboneConfig, head: HeadConfig) -> MultiVectorEnco
     Raises ConfigError for all that `locate_backbone` refuses and for a prefix that is not one token.
     """
     source = locate_backbone(backbone)
-    loaded = MultiVectorEncoder(
-        source, device="cpu", revision=backbone.revision, model_kwargs=_model_kwargs(backbone, source)
-    )
+    model_kwargs, config_kwargs = _loading_options(source, backbone)
+    try:
+        loaded = MultiVectorEncoder(
+            source, device="cpu", revision=backbone.revision, model_kwargs=model_kwargs, config_kwargs=config_kwargs
+        )
+    except (OSError, SafetensorError) as error:
+        problem = f"backbone.name={backbone.name} cannot be loaded ({str(error).splitlines()[0]})"
+        raise ConfigError(f"{problem}: is the model complete?") from error
     transformer, mask = loaded[0], next(module for module in loaded if isinstance(module, MultiVectorMask))
     assert isinstance(transformer, Transformer), "the loader puts the backbone first"
     tokenizer = transformer.tokenizer
@@ -82,14 +88,21 @@ def build_head(head: HeadConfig, own_layers: Sequence[Dense], width: int) -> lis
     return layers
 
 
-def _model_kwargs(backbone: BackboneConfig, source: str) -> dict[str, object]:
+def _loading_options(source: str, backbone: BackboneConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What transformers is told about the weights and about their config."""
+    config = AutoConfig.from_pretrained(source, revision=backbone.revision)
     # A checkpoint stored in half precision would otherwise be trained in it.
-    kwargs: dict[str, object] = {"dtype": torch.float32, "attn_implementation": backbone.attention.name}
-    model_class: Any = MODEL_MAPPING[type(AutoConfig.from_pretrained(source, revision=backbone.revision))]
+    model_kwargs: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": backbone.attention.name}
+    model_class: Any = MODEL_MAPPING[type(config)]
     # An unused pooler gets no gradient, which breaks DistributedDataParallel at the second step.
     if "add_pooling_layer" in inspect.signature(model_class).parameters:
-        kwargs["add_pooling_layer"] = False
-    return kwargs
+        model_kwargs["add_pooling_layer"] = False
+    config_kwargs: dict[str, Any] = {}
+    if backbone.dropout is not None:
+        # Each architecture has names of its own, such as hidden_dropout_prob and attention_dropout.
+        shares = {name: value for name, value in config.to_dict().items() if "dropout" in name}
+        config_kwargs = {name: backbone.dropout for name, value in shares.items() if isinstance(value, int | float)}
+    return model_kwargs, config_kwargs
 
 
 def _has_head(source: str, backbone: BackboneConfig) -> bool:

@@ -101,6 +101,8 @@ class BackboneConfig:
     """SHA-256 that `model.safetensors` must have, checked before it is loaded; null checks nothing."""
     attention: Attention
     """Attention of the backbone. flash_attention_2 cannot keep unattended expansion tokens apart."""
+    dropout: float | None
+    """Share of activations that the backbone drops in training; null is what the checkpoint says."""
     query_length: int | None
     """Tokens of a query, special ones and prefix included."""
     document_length: int | None
@@ -155,7 +157,7 @@ class DataConfig:
     root: str
     """Folder that relative paths start from."""
     path: str | None
-    """File of examples (JSON lines, CSV or Parquet, also gzipped), or a folder that holds one per split."""
+    """File of examples (JSON lines, CSV, TSV, all also gzipped, or Parquet), or a folder that holds one per split."""
     split: str | None
     """Where path is a folder: the name of its file of training examples, without the ending."""
     evaluation_path: str | None
@@ -393,6 +395,8 @@ def _backbone_problems(backbone: BackboneConfig) -> Iterator[str]:
             "backbone.attention=flash_attention_2 cannot keep unattended expansion tokens apart: "
             "set backbone.attend_to_expansion=true, backbone.expansion=none or backbone.attention=sdpa"
         )
+    if backbone.dropout is not None and not 0 <= backbone.dropout < 1:
+        yield f"backbone.dropout={backbone.dropout} must be at least 0 and below 1"
     if backbone.sha256 is not None and (len(backbone.sha256) != 64 or set(backbone.sha256) - set("0123456789abcdef")):
         yield f"backbone.sha256={backbone.sha256} must be 64 lower-case hexadecimal digits"
 

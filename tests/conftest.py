@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,17 @@ from configs.schema import Config, parse_config
 ROOT = Path(__file__).parent.parent
 # A few words of its own, the alphabet and punctuation: enough to tokenise any lower-case text.
 WORDS = ["what", "is", "the", "of", "cat", "dog", "fish", "barks", "meows", "swims", "animal", "that", "which"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, which wait for each other on cores that are busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -76,16 +87,24 @@ def tiny_overrides(tiny_bert: Path, output: Path) -> list[str]:
 
 
 def run_command(
-    *arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str
+    *arguments: str,
+    cwd: Path = ROOT,
+    timeout: float = 300,
+    before: Callable[[], None] | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Type `python train.py ...`, with the library's network switched off."""
+    """Type `python train.py ...`, with the library's network switched off and one thread, since models are tiny.
+
+    before: called in the new process before Python starts.
+    """
     return subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=cwd,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
         timeout=timeout,
+        preexec_fn=before,
         check=False,
     )
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from configs.schema import Config
 from losses import Loss
 from trainer.data import Data
-from trainer.data.batches import StepBatches
+from trainer.data.batches import Batch, StepBatches
 from trainer.display import ProgressDisplay
 from trainer.encoding import encode_batch
 from trainer.evaluation import evaluate
@@ -33,7 +33,8 @@ def count_steps(config: Config, examples: int) -> int:
     if config.trainer.steps is not None:
         return config.trainer.steps
     assert config.trainer.epochs is not None, "parse_config lets one of the two pass"
-    return math.ceil(config.trainer.epochs * math.ceil(examples / config.trainer.batch_size))
+    steps = config.trainer.epochs * math.ceil(examples / config.trainer.batch_size)
+    return max(1, math.ceil(round(steps, 6)))  # 0.07 of 100 steps are 7, though the product is a little more
 
 
 def train(
@@ -88,18 +89,14 @@ def train(
                         micro_loss = loss(encode_batch(model, batch, accelerator.device)) * batch.share
                     accelerator.backward(micro_loss)
                 step_loss += micro_loss.detach()
-            loss_value = step_loss.item()
-            if not math.isfinite(loss_value):
-                rows = [row for batch in micro_batches for row in batch.rows]
-                path = folder.write_failed_batch([data.train[row] for row in rows])
-                raise TrainingError(
-                    f"step {step}: the loss is {loss_value}; the batch is {data.train[rows[0]]['place']} and "
-                    f"{len(rows) - 1} more examples, all in {path}: look at them, or lower optimizer.learning_rate"
-                )
             norm = accelerator.clip_grad_norm_(model.parameters(), config.trainer.max_gradient_norm or math.inf)
+            loss_value, gradient_norm = step_loss.item(), float(norm)
+            _check_finite(step, "loss", loss_value, micro_batches, data, folder)
+            if accelerator.scaler is None:  # the scaler of fp16 skips a step whose gradient overflows
+                _check_finite(step, "gradient norm", gradient_norm, micro_batches, data, folder)
             learning_rate = float(schedule.get_last_lr()[0])
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradient overflowed
+            if not accelerator.optimizer_step_was_skipped:
                 schedule.step()
             optimizer.zero_grad()
 
@@ -114,7 +111,7 @@ def train(
             metrics: dict[str, float] = {
                 "train/loss": loss_value,
                 "train/learning_rate": learning_rate,
-                "train/gradient_norm": float(norm),
+                "train/gradient_norm": gradient_norm,
                 **_rates("train", counts),
                 "train/seconds": seconds,
             }
@@ -153,6 +150,19 @@ def train(
         **rates,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
     }
+
+
+def _check_finite(
+    step: int, name: str, value: float, micro_batches: list[Batch], data: Data, folder: RunFolder
+) -> None:
+    if math.isfinite(value):
+        return
+    examples = [data.train[row] for batch in micro_batches for row in batch.rows]
+    path = folder.write_failed_batch(examples)
+    raise TrainingError(
+        f"step {step}: the {name} is {value}; the batch is {examples[0]['place']} and {len(examples) - 1} more "
+        f"examples, all in {path}: look at them, or lower optimizer.learning_rate"
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """What a run will do, in global terms, checked before any weight is loaded and shown before the first step."""
 
+import math
 import statistics
 
 import torch
@@ -53,7 +54,7 @@ def describe_run(
     negatives = f"{micro_batch - 1} in the batch"
     if explicit:
         negatives += f" + {explicit * micro_batch:.1f} explicit of all its queries"
-    evaluation = "none: data.evaluation_fraction=0"
+    evaluation = f"none: data.evaluation_fraction={config.data.evaluation_fraction:g} holds out no example"
     if data.evaluation is not None:
         evaluation = f"{len(data.evaluation.queries):,} queries, {len(data.evaluation.corpus):,} documents"
     steps = count_steps(config, len(data.train))
@@ -66,7 +67,7 @@ def describe_run(
         "batch": f"{trainer.batch_size} queries a step, {trainer.accumulation_steps} micro-batch(es) of {micro_batch}, "
         f"{accelerator.num_processes} process(es)",
         "negatives a query": negatives,
-        "steps": f"{steps:,}, {steps * trainer.batch_size / len(data.train):.2f} epochs",
+        "steps": f"{steps:,}, {steps / math.ceil(len(data.train) / trainer.batch_size):.2f} epochs",
         "precision": f"{trainer.precision.name} on {accelerator.device}",
         "MaxSim": backend,
         "output": config.output_dir,

@@ -41,55 +41,63 @@ class RunFolder:
     def create(self) -> None:
         """Make the folder, remove the run that it may replace, and write the config."""
         self.check()
-        with self._writing(CONFIG):
+        with self._errors(CONFIG):
             self.path.mkdir(parents=True, exist_ok=True)
             # By name: a folder given by mistake keeps all that no run has written.
-            for name in (RESULT, METRICS, FAILED_BATCH, CONFIG):
-                (self.path / name).unlink(missing_ok=True)
-            for name in (MODEL, BEST):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            save_config(self._config, str(self.path / CONFIG))
+            for name in (RESULT, METRICS, FAILED_BATCH, CONFIG, MODEL, BEST):
+                _remove(self.path / name)
+        with self._placed(CONFIG) as path:
+            save_config(self._config, str(path))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append the one line of a step to metrics.jsonl."""
-        with self._writing(METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
+        with self._errors(METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def save_model(self, encoder: "MultiVectorEncoder", name: str) -> Path:
-        """Write the model beside its place, then move it there; a failed write leaves nothing."""
-        target, unfinished = self.path / name, self.path / f"{name}.unfinished"
-        with self._writing(name):
-            try:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                encoder.save_pretrained(str(unfinished))
-            except BaseException:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise
-            shutil.rmtree(target, ignore_errors=True)
-            unfinished.rename(target)
-        return target
+        """Write the model as a folder that `MultiVectorEncoder` loads, and return it."""
+        with self._placed(name) as path:
+            encoder.save_pretrained(str(path))
+        return self.path / name
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, the sign that the run is finished."""
-        with self._writing(RESULT):
-            unfinished = self.path / f"{RESULT}.unfinished"
-            unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            unfinished.rename(self.path / RESULT)
+        with self._placed(RESULT) as path:
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     def write_failed_batch(self, examples: list[dict[str, Any]]) -> Path:
-        """Write the examples of the batch that stopped the run, one a line."""
-        path = self.path / FAILED_BATCH
-        with self._writing(FAILED_BATCH):
+        """Write the examples of the batch that stopped the run, one a line, and return the file."""
+        with self._placed(FAILED_BATCH) as path:
             path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
-        return path
+        return self.path / FAILED_BATCH
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
-        # safetensors reports a full disk as an error of its own.
+    def _placed(self, name: str) -> Iterator[Path]:
+        """A path to write to, which becomes `name` once all is written and goes where anything fails."""
+        unfinished = self.path / f"{name}.unfinished"
+        with self._errors(name):
+            try:
+                _remove(unfinished)
+                yield unfinished
+                _remove(self.path / name)
+                unfinished.rename(self.path / name)
+            except BaseException:
+                _remove(unfinished)
+                raise
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
             raise ConfigError(
                 f"output_dir={self.path}: {name} cannot be written ({error}): "
                 "free space on the disk or name another folder"
             ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

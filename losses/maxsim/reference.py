@@ -57,7 +57,7 @@ class _MaxSim(torch.autograd.Function):
                 best_NR, winners[document_slice, rows] = _best(
                     queries[query_slice], documents[document_slice], document_mask[document_slice], dtype
                 )
-                best_NQI = best_NR.view(best_NR.shape[0], -1, query_tokens)
+                best_NQI = best_NR.view(best_NR.shape[0], query_slice.stop - query_slice.start, query_tokens)
                 best_NQI = torch.where(query_mask[query_slice], best_NQI, 0.0)
                 scored = document_mask[document_slice].any(dim=1)
                 target = query_slice if candidates is None else slice(0, 1)
@@ -94,7 +94,7 @@ class _MaxSim(torch.autograd.Function):
                 with torch.autocast(queries.device.type, enabled=False):
                     document_gradient[document_slice] += choice_NJR @ queries_RH
                     flat_gradient = choice_NJR.flatten(0, 1).T @ documents[document_slice].flatten(0, 1).to(dtype)
-                query_gradient[query_slice] += flat_gradient.view(-1, query_tokens, queries.shape[2])
+                query_gradient[query_slice] += flat_gradient.view_as(queries[query_slice])
         return query_gradient.to(queries.dtype), document_gradient.to(documents.dtype), None, None, None
 
 

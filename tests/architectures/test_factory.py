@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -102,15 +102,6 @@ class Encoded:
     @property
     def scored_tokens(self) -> list[str]:
         return [token for token, scored in zip(self.tokens, self.scored, strict=True) if scored]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Threads cost models this small more than they save: the file takes twice as long with two.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -1128,3 +1119,26 @@ def test_another_torch_seed_gives_other_new_weights_and_the_same_pretrained_ones
     assert torch.equal(tables[0][:-2], tables[1][:-2])
     assert not torch.isclose(tables[0][-2:], tables[1][-2:]).all()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(("dropout", "varies"), [("0", False), ("0.5", True), ("null", True)])
+def test_dropout_of_the_config_replaces_the_checkpoints(build: Build, dropout: str, varies: bool) -> None:
+    encoder = build(f"backbone.dropout={dropout}").train()
+    features = encoder.preprocess([QUERY], prompt="[Q] ", task="query")
+    first, second = (encoder(dict(features), task="query")["token_embeddings"] for _ in range(2))
+    assert torch.equal(first, second) is not varies
+
+
+def test_a_folder_without_weights_is_refused_by_its_name(build: Build, tiny_bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "incomplete"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=rf"backbone\.name={folder} cannot be loaded \(.*\): is the model complete\?"):
+        build(f"backbone.name={folder}")
+
+
+def test_weights_that_are_cut_off_are_refused_by_their_name(build: Build, tiny_bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "incomplete"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=rf"backbone\.name={folder} cannot be loaded \(.*\): is the model complete\?"):
+        build(f"backbone.name={folder}")

@@ -49,6 +49,7 @@ def backbone(
         revision=revision,
         sha256=sha256,
         attention=Attention.sdpa,
+        dropout=None,
         query_length=query_length,
         document_length=document_length,
         query_prefix="[Q] ",

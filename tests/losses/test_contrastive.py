@@ -1,7 +1,7 @@
 """The contrastive loss against a loop in Python floats, and against the loss of sentence-transformers."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,15 +17,6 @@ from losses.batch import EncodedBatch
 from losses.contrastive import ContrastiveLoss
 from trainer.data.batches import Batch, tokenize
 from trainer.encoding import encode_batch
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, which wait for each other on cores that are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_batch(num_negatives: int, *, dtype: torch.dtype = torch.float64, seed: int = 1) -> EncodedBatch:

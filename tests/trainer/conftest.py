@@ -1,6 +1,6 @@
 """What the trainer's tests share: the tiny encoder, and a cache of its own for the tables that are read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -27,15 +27,6 @@ def encoder(make_config: Callable[..., Config], built: dict[str, MultiVectorEnco
 def built() -> dict[str, MultiVectorEncoder]:
     """Where the encoder is kept that every test gets a copy of."""
     return {}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, which wait for each other on cores that are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -181,7 +181,7 @@ def test_the_remaining_facts_are_those_of_config_and_data(encoder: MultiVectorEn
 
 def test_a_run_that_asks_for_no_score_says_so(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
     config = make_config("data.evaluation_fraction=0")
-    assert describe(encoder, config)["evaluation"] == "none: data.evaluation_fraction=0"
+    assert describe(encoder, config)["evaluation"] == "none: data.evaluation_fraction=0 holds out no example"
 
 
 def test_a_share_that_holds_nothing_out_of_a_small_set_is_shown_as_it_is(

@@ -1,26 +1,33 @@
 """Pairs and triples: a file with a query, a document that answers it, and any number that do not."""
 
+import csv
 import gzip
 import json
 import re
+import zlib
+from collections.abc import Iterator
 from hashlib import md5
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
-from datasets import Dataset, load_dataset
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 from configs.schema import ConfigError, DataConfig
 
-# What `datasets` reads, by the file's ending; .gz may follow each.
-READERS: dict[str, tuple[str, dict[str, str]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-}
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # .gz may follow the texts among them
 NEGATIVE_COLUMN = re.compile(r"negatives?|negative_\d+")
+FEATURES = Features(
+    {
+        "query": Value("string"),
+        "positive": Value("string"),
+        "negatives": List(Value("string")),
+        "place": Value("string"),
+    }
+)
 
 
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
@@ -36,84 +43,33 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     threshold = round(config.evaluation_fraction * 10_000)
     is_held_out = [_bucket(document) < threshold for document in examples["positive"]]
     held_out_queries = {query for query, held_out in zip(examples["query"], is_held_out, strict=True) if held_out}
-    train = [
+    train = examples.select(
         row
         for row, (query, held_out) in enumerate(zip(examples["query"], is_held_out, strict=True))
         if not held_out and query not in held_out_queries
-    ]
-    return examples.select(train), examples.select([row for row, held_out in enumerate(is_held_out) if held_out])
+    )
+    if threshold and any(train["negatives"]):
+        train = train.map(_without_held_out, fn_kwargs={"threshold": threshold})
+    return train, examples.select(row for row, held_out in enumerate(is_held_out) if held_out)
 
 
 def _bucket(text: str) -> int:
     return int(md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % 10_000
 
 
-def _read(key: str, name: str, config: DataConfig) -> Dataset:
-    """Read one file and check every row of it."""
-    path = _find(key, name, config)
-    builder, options = READERS[_ending(path)]
-    try:
-        lines = _lines(path)
-        if lines == []:
-            raise ConfigError(f"{key}={name}: {path} holds no example")
-        table = load_dataset(builder, data_files=str(path), split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise ConfigError(_why_unreadable(path, error)) from error
-    if not len(table):
-        raise ConfigError(f"{key}={name}: {path} holds no example")
-    columns = table.column_names
-    for column_key, column in (("query_column", config.query_column), ("positive_column", config.positive_column)):
-        if column not in columns:
-            raise ConfigError(
-                f"data.{column_key}={column}: {path} has the columns {', '.join(columns)}: "
-                f"name the right one with data.{column_key}=..."
-            )
-    negatives = config.negative_columns
-    if negatives is None:
-        negatives = [column for column in columns if NEGATIVE_COLUMN.fullmatch(column)]
-    elif missing := [column for column in negatives if column not in columns]:
-        raise ConfigError(
-            f"data.negative_columns: {path} has no {', '.join(missing)}; its columns are {', '.join(columns)}"
-        )
-
-    def normalise(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
-        by_line = lines if lines is not None and len(lines) == len(table) else None
-        places = [f"{path}:{by_line[row]}" if by_line else f"{path} example {row + 1}" for row in rows]
-        documents = [batch[column] for column in negatives]
-        return {
-            "query": [
-                _text(*cell, column=config.query_column)
-                for cell in zip(batch[config.query_column], places, strict=True)
-            ],
-            "positive": [
-                _text(*cell, column=config.positive_column)
-                for cell in zip(batch[config.positive_column], places, strict=True)
-            ],
-            "negatives": [
-                [
-                    _text(text, place, column=column)
-                    for column, cell in zip(negatives, cells, strict=True)
-                    for text in (cell if isinstance(cell, list) else [] if cell is None else [cell])
-                ]
-                for place, *cells in zip(places, *documents, strict=True)
-            ],
-            "place": places,
-        }
-
-    return table.map(normalise, batched=True, with_indices=True, remove_columns=columns)
+def _without_held_out(example: dict[str, Any], threshold: int) -> dict[str, list[str]]:
+    return {"negatives": [document for document in example["negatives"] if _bucket(document) >= threshold]}
 
 
 def _find(key: str, name: str, config: DataConfig) -> Path:
     """The file that a path names: under data.root, else in the working folder; of a folder, the file of the split."""
-    candidates = [Path(config.root, name), Path(name)]
+    candidates = list(dict.fromkeys([Path(config.root, name), Path(name)]))
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
-        looked = " nor ".join(dict.fromkeys(str(candidate) for candidate in candidates))
-        raise ConfigError(f"{key}={name}: found neither {looked}: give an existing file, or set data.root")
+        looked = " or ".join(str(candidate) for candidate in candidates)
+        raise ConfigError(f"{key}={name}: there is no {looked}: give an existing file, or set data.root")
     if path.is_dir():
-        files = sorted(
-            file for file in path.iterdir() if file.name.split(".")[0] == config.split and _ending(file) in READERS
-        )
+        files = [file for file in sorted(path.iterdir()) if file.name.split(".")[0] == config.split and _readable(file)]
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
             raise ConfigError(
@@ -121,16 +77,82 @@ def _find(key: str, name: str, config: DataConfig) -> Path:
                 f"found {found}"
             )
         path = files[0]
-    if _ending(path) not in READERS:
-        raise ConfigError(f"{key}={name}: the ending must be one of {', '.join(READERS)}, also with .gz")
+    if not _readable(path):
+        raise ConfigError(f"{key}={name}: the ending must be one of {', '.join(ENDINGS)}; .gz may follow a text")
     return path
+
+
+def _readable(path: Path) -> bool:
+    return _ending(path) in ENDINGS and not path.name.endswith(".parquet.gz")
 
 
 def _ending(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _text(value: object, place: str, *, column: str) -> str:
+def _read(key: str, name: str, config: DataConfig) -> Dataset:
+    """Read one file into a table on disk, each row of it checked; the table is kept for as long as the file stays."""
+    path = _find(key, name, config)
+    stamp = path.stat()
+    try:
+        return Dataset.from_generator(
+            _examples,
+            features=FEATURES,
+            gen_kwargs={
+                "path": path,
+                "query_column": config.query_column,
+                "positive_column": config.positive_column,
+                "negative_columns": config.negative_columns,
+                "stamp": (stamp.st_mtime_ns, stamp.st_size),
+            },
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
+
+
+def _examples(
+    path: Path, query_column: str, positive_column: str, negative_columns: list[str] | None, stamp: tuple[int, int]
+) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a file, or raise ConfigError at the first that is none. `stamp` tells versions apart."""
+    empty = True
+    for place, row in _checked_rows(path):
+        if empty:
+            _check_columns(path, row, query_column, positive_column, negative_columns)
+            empty = False
+        columns = negative_columns
+        if columns is None:
+            columns = [column for column in row if NEGATIVE_COLUMN.fullmatch(column)]
+        yield {
+            "query": _text(place, query_column, row.get(query_column)),
+            "positive": _text(place, positive_column, row.get(positive_column)),
+            "negatives": [_text(place, column, text) for column in columns for text in _cells(row.get(column))],
+            "place": place,
+        }
+    if empty:
+        raise ConfigError(f"{path} holds no example: give a file with a query and a positive in each row")
+
+
+def _check_columns(
+    path: Path, row: dict[str, Any], query_column: str, positive_column: str, negative_columns: list[str] | None
+) -> None:
+    named = [("query_column", query_column), ("positive_column", positive_column)]
+    named += [("negative_columns", column) for column in negative_columns or []]
+    for key, column in named:
+        if column not in row:
+            raise ConfigError(
+                f"data.{key}={column}: {path} has the columns {', '.join(row)}: name the right one with data.{key}=..."
+            )
+
+
+def _cells(value: object) -> list[object]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _text(place: str, column: str, value: object) -> str:
     if not isinstance(value, str | None):
         raise ConfigError(f"{place}: {column}={value!r} must be a text")
     if value is None or not value.strip():
@@ -138,32 +160,79 @@ def _text(value: object, place: str, *, column: str) -> str:
     return value
 
 
-def _lines(path: Path) -> list[int] | None:
-    """Number of the line that each example stands on; None where the format has no lines."""
-    builder, _ = READERS[_ending(path)]
-    if builder == "parquet":
-        return None
-    with _open(path) as file:
-        numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
-    return numbers[1:] if builder == "csv" else numbers
+def _checked_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield file:line and columns of each row, with one line for whatever keeps the file from being read."""
+    readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    try:
+        yield from readers[_ending(path)](path)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowException) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _open(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
+    # newline="" leaves line ends inside a CSV cell as they are.
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """The line that is no JSON, where there is one; else the library's own reason."""
-    if READERS[_ending(path)][0] == "json":
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    if line.strip():
-                        json.loads(line)
-                except json.JSONDecodeError as malformed:
-                    reason = f"{malformed.msg} at column {malformed.colno}"
-                    return f"{path}:{number} is no JSON ({reason}): mend or remove the line"
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return f"{path} cannot be read: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}"
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                place = f"{path}:{number}"
+                yield place, _object(place, _parse(path, line, first_line=number))
+
+
+def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A whole array, or JSON lines under the shorter ending."""
+    with _open(path) as file:
+        while (character := file.read(1)).isspace():
+            pass
+    if character != "[":
+        yield from _json_lines(path)
+        return
+    with _open(path) as file:
+        rows = _parse(path, file.read(), first_line=1)
+    for number, row in enumerate(rows, start=1):
+        place = f"{path} example {number}"
+        yield place, _object(place, row)
+
+
+def _parse(path: Path, text: str, *, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{first_line + error.lineno - 1}"
+        raise ConfigError(
+            f"{place} is no JSON ({error.msg} at column {error.colno}): mend or remove the line"
+        ) from error
+
+
+def _object(place: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{place}: an example must be a JSON object with a text by column, not {row!r:.40}")
+    return row
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _open(path) as file:
+        reader = csv.reader(file, delimiter="\t" if _ending(path) == ".tsv" else ",", strict=True)
+        header: list[str] = []
+        for cells in filter(None, reader):
+            if not header:
+                header = cells
+                continue
+            # The reader stands behind the row, whose texts may hold line ends.
+            place = f"{path}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
+            if len(cells) > len(header):
+                raise ConfigError(f"{place}: {len(cells)} cells under {len(header)} columns: quote cells with commas")
+            yield place, {column: cell or None for column, cell in zip_longest(header, cells)}
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    for batch in pq.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path} example {number}", row
