@@ -75,7 +75,7 @@ def test_maxsim_depends_on_torch_alone() -> None:
 
 def test_the_config_is_checked_before_anything_slow_is_imported() -> None:
     code = (
-        "import sys; sys.argv = ['train.py', 'head.layers.0.out_features=0']\n"
+        "import sys; sys.argv = ['train.py', 'head=mlp', 'head.layers.0.out_features=0']\n"
         "import train\n"
         "try: train.main(sys.argv[1:])\n"
         "finally: print(sorted({'torch', 'transformers', 'sentence_transformers', 'datasets'} & set(sys.modules)))"

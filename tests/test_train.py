@@ -147,7 +147,7 @@ def test_training_goes_on_from_a_saved_model_with_its_own_settings(tiny_run: lis
     assert first.returncode == 0, first.stderr
     data = [argument for argument in tiny_run if argument.startswith(("data", "trainer"))]
     done = run_command(
-        *("backbone=checkpoint", f"backbone.name={tmp_path}/run/model", "head=default", f"output_dir={tmp_path}/more"),
+        *("backbone=checkpoint", f"backbone.name={tmp_path}/run/model", f"output_dir={tmp_path}/more"),
         *data,
     )
     assert done.returncode == 0, done.stderr
@@ -223,12 +223,24 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["head=mlp_residul"], "head=mlp_residul is no member; the nearest is mlp_residual, of deep, default"),
         (["trainer.steps=abc"], "trainer.steps=abc must be of type integer"),
         (["trainer.precision=int8"], "trainer.precision=int8 must be one of float32, bf16, fp16"),
-        (["head.layers.0.out_features=wide"], "head.layers[0].out_features=wide must be of type integer"),
-        (["head.layers.0.activation=gelu2"], "head.layers[0].activation=gelu2 must be one of identity, relu"),
-        (["head.layers.0.out_features=0"], "head.layers[0].out_features=0 must be positive"),
-        (["head.layers.3.bias=true"], "head.layers[3] does not exist: to lengthen a list, give it whole"),
-        (["head.layers=[]"], "head.layers=[] with head.keep=none leaves no layer: add one, or set head.keep=all"),
-        (["trainer.epochs=1"], "trainer.steps=60 and trainer.epochs=1.0: exactly one must be set"),
+        (
+            ["head=linear", "head.layers.0.out_features=wide"],
+            "head.layers[0].out_features=wide must be of type integer",
+        ),
+        (
+            ["head=linear", "head.layers.0.activation=gelu2"],
+            "head.layers[0].activation=gelu2 must be one of identity, relu",
+        ),
+        (["head=linear", "head.layers.0.out_features=0"], "head.layers[0].out_features=0 must be positive"),
+        (
+            ["head=linear", "head.layers.3.bias=true"],
+            "head.layers[3] does not exist: to lengthen a list, give it whole",
+        ),
+        (
+            ["head=linear", "head.layers=[]"],
+            "head.layers=[] with head.keep=none leaves no layer: add one, or set head.keep=all",
+        ),
+        (["trainer.epochs=1"], "trainer.steps=90 and trainer.epochs=1.0: exactly one must be set"),
         (["seed=["], "seed=[ cannot be parsed: write key=value"),
         (["backbone=checkpoint"], "backbone.name has no value: set backbone.name=..."),
         (
@@ -242,7 +254,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["trainer.maxsim=cuda"], "trainer.maxsim=cuda: this version has no CUDA kernel; use maxsim=auto"),
         (["rerun=no/such/run"], "rerun=no/such/run: the folder has no config.yaml"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_a_mistake_in_the_config_gets_one_line_and_leaves_nothing(
     arguments: list[str], message: str, tmp_path: Path

@@ -124,7 +124,8 @@ def build(make_config: Callable[..., Config], composed: dict[tuple[str, ...], Co
         keys = [override for override in overrides if override.startswith(("backbone.", "head."))]
         groups = tuple(override for override in overrides if override not in keys)
         if groups not in composed:
-            composed[groups] = make_config(*groups)
+            # Prose: the embedded default's source code would have no skiplist.
+            composed[groups] = make_config("data=pairs", "data.path=prose.jsonl", *groups)
         merged = OmegaConf.merge(OmegaConf.structured(composed[groups]), OmegaConf.from_dotlist(keys))
         assert isinstance(merged, DictConfig)
         config = parse_config(merged)

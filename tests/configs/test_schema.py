@@ -1,5 +1,6 @@
 """Every rule of the config by its exact key, and every preset by composing it."""
 
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: 
         ("optimizer.weight_decay=-1", r"^optimizer\.weight_decay=-1\.0 must not be negative$"),
         ("optimizer.betas=[0.9]", r"^optimizer\.betas=\[0\.9\] must be two numbers"),
         ("optimizer.warmup_fraction=2", r"^optimizer\.warmup_fraction=2\.0 must lie between 0 and 1$"),
-        ("trainer.epochs=1", r"^trainer\.steps=60 and trainer\.epochs=1\.0: exactly one must be set"),
+        ("trainer.epochs=1", r"^trainer\.steps=90 and trainer\.epochs=1\.0: exactly one must be set"),
         ("trainer.steps=null", r"^trainer\.steps=None and trainer\.epochs=None: exactly one must be set"),
         ("trainer.accumulation_steps=5", r"^trainer\.accumulation_steps=5 must divide trainer\.batch_size=32$"),
         ("trainer.batch_size=1", r"^trainer\.batch_size=1 in trainer\.accumulation_steps=1 leaves one query"),
@@ -62,7 +63,7 @@ def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: 
 )
 def test_a_bad_value_is_named_with_its_rule(override: str, message: str, make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_config(override)
+        make_config("head=linear", override)
 
 
 def test_the_values_of_accepted_keys_arrive(make_config: MakeConfig) -> None:
@@ -70,6 +71,14 @@ def test_the_values_of_accepted_keys_arrive(make_config: MakeConfig) -> None:
     assert config.head.layers[0].out_features == 512
     assert config.head.layers[0].activation is Activation.gelu
     assert config.optimizer.learning_rate == 3e-5
+
+
+def test_punctuation_is_skipped_in_prose_and_scored_in_source_code(make_config: MakeConfig) -> None:
+    assert make_config().backbone.skiplist == []
+    prose = make_config("data=pairs", "data.path=mine.jsonl").backbone
+    assert prose.skiplist is not None
+    assert set(prose.skiplist) == set(string.punctuation)
+    assert [side.name for side in prose.skiplist_sides] == ["document"]
 
 
 def test_the_data_root_comes_from_the_environment(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from configs.schema import Config
 def encoder(make_config: Callable[..., Config], built: dict[str, MultiVectorEncoder]) -> MultiVectorEncoder:
     """The tiny backbone, a linear head, markers, expansion and a skiplist; queries of 8 and documents of 16 tokens."""
     if not built:
-        config = make_config()
+        config = make_config("data=pairs", "data.path=prose.jsonl")  # source code would have no skiplist
         torch.manual_seed(0)
         built["encoder"] = build_encoder(config.backbone, config.head)
     return deepcopy(built["encoder"])
