@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from configs.reference import explain_composition, help_text
 from configs.schema import Config, ConfigError, parse_config
@@ -38,6 +39,16 @@ def main(arguments: list[str]) -> int:
         return _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         return _fail(explain_composition(error, CONFIGS))
+    except ValueError as error:
+        # How Hydra answers head=null.
+        if not str(error).startswith("Config group override"):
+            raise
+        return _fail(f"{' '.join(arguments)}: a group takes the name of a member; `python train.py --help` lists them")
+    except YAMLError as error:
+        return _fail(f"a config file is no YAML: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, AddedToken, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from architectures.weights import locate_backbone
-from configs.schema import Activation, BackboneConfig, ConfigError, HeadConfig, HeadLayer, Keep
+from configs.schema import Activation, Attention, BackboneConfig, ConfigError, HeadConfig, HeadLayer, Keep
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ def build_encoder(backbone: BackboneConfig, head: HeadConfig) -> MultiVectorEnco
     Raises ConfigError for all that `locate_backbone` refuses and for a prefix that is not one token.
     """
     source = locate_backbone(backbone)
-    model_kwargs, config_kwargs = _loading_options(source, backbone)
     try:
+        model_kwargs, config_kwargs = _loading_options(source, backbone)
         loaded = MultiVectorEncoder(
             source, device="cpu", revision=backbone.revision, model_kwargs=model_kwargs, config_kwargs=config_kwargs
         )
-    except (OSError, SafetensorError) as error:
-        problem = f"backbone.name={backbone.name} cannot be loaded ({str(error).splitlines()[0]})"
-        raise ConfigError(f"{problem}: is the model complete?") from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        problem = f"backbone.name={backbone.name} cannot be loaded ({str(error).strip().splitlines()[0]})"
+        raise ConfigError(f"{problem}: is the model complete, and of a kind that transformers knows?") from error
     transformer, mask = loaded[0], next(module for module in loaded if isinstance(module, MultiVectorMask))
     assert isinstance(transformer, Transformer), "the loader puts the backbone first"
     tokenizer = transformer.tokenizer
@@ -49,12 +49,17 @@ def build_encoder(backbone: BackboneConfig, head: HeadConfig) -> MultiVectorEnco
     _set_lengths(transformer, backbone)
     if backbone.skiplist is not None:
         mask = _build_mask(tokenizer, backbone)
-    return MultiVectorEncoder(
+    if backbone.attention is Attention.flash_attention_2:
+        transformer.unpad_inputs = False  # a batch is cut into chunks from its padded form
+    encoder = MultiVectorEncoder(
         modules=[transformer, *layers, mask, Normalize(module_input_name="token_embeddings")],
         prompts=_add_prefixes(transformer.model, tokenizer, loaded.prompts, backbone),
         similarity_fn_name=loaded.similarity_fn_name,
         device="cpu",
     )
+    # A save would otherwise ask the Hub for a model of the folder's name.
+    encoder.model_card_data.local_files_only = Path(source).is_dir()
+    return encoder
 
 
 def build_head(head: HeadConfig, own_layers: Sequence[Dense], width: int) -> list[Dense]:

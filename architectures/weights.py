@@ -14,6 +14,15 @@ from configs.schema import BackboneConfig, ConfigError
 # Position 0 to pad_token_id belong to padding in these families: 514 stored positions hold 512 tokens.
 ROBERTA_FAMILY = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "mpnet"}
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
 
 def locate_backbone(backbone: BackboneConfig) -> str:
     """Return the folder or Hub name that loaders take, after all checks that need no weights in memory.
@@ -27,6 +36,9 @@ def locate_backbone(backbone: BackboneConfig) -> str:
             raise ConfigError(
                 f"backbone.{key}={length} exceeds the backbone's {positions} positions: set {positions} or less"
             )
+    if Path(source).is_dir() and not any(Path(source, file).is_file() for file in TOKENIZER_FILES):
+        # transformers would make one that knows no word.
+        raise ConfigError(f"backbone.name={backbone.name} has no tokenizer: one of {', '.join(TOKENIZER_FILES)}")
     if backbone.sha256 is not None:
         _check_sha256(_file(source, "model.safetensors", backbone), backbone.sha256)
     return source
@@ -44,10 +56,8 @@ def _source(backbone: BackboneConfig) -> str:
         if not (path / "config.json").is_file():
             raise ConfigError(f"backbone.name={name}: the package has no {folder or '.'}/config.json")
         return str(path)
-    if Path(name).is_dir():
-        if not Path(name, "config.json").is_file():
-            raise ConfigError(f"backbone.name={name} is a folder without config.json: give the folder of a saved model")
-        return name
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise ConfigError(f"backbone.name={name} is a folder without config.json: give the folder of a saved model")
     return name
 
 
@@ -76,15 +86,16 @@ def _file(source: str, filename: str, backbone: BackboneConfig) -> Path:
 
     logging.set_verbosity_error()  # one line of ours instead of one a retry
 
-    rule = "is neither a folder, an installed package (package:<module>/<folder>) nor a reachable Hub name"
+    revision = f" at backbone.revision={backbone.revision}" if backbone.revision else ""
+    rule = f"{revision} is neither a folder, an installed package (package:<module>/<folder>) nor a reachable Hub name"
     try:
         return Path(hf_hub_download(source, filename, revision=backbone.revision))
     except HFValidationError as error:
-        raise ConfigError(f"backbone.name={backbone.name} {rule}: check the spelling") from error
+        raise ConfigError(f"backbone.name={backbone.name}{rule}: check the spelling") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = type(error).__name__
         raise ConfigError(
-            f"backbone.name={backbone.name} {rule} ({filename}: {reason}): check the spelling, the network and HF_TOKEN"
+            f"backbone.name={backbone.name}{rule} ({filename}: {reason}): check the spelling, the network and HF_TOKEN"
         ) from error
 
 

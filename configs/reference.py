@@ -40,7 +40,7 @@ def groups(configs: Path) -> dict[str, dict[str, str]]:
     return {
         folder.name: {member.stem: first_comment(member) for member in sorted(folder.glob("*.yaml"))}
         for folder in sorted(configs.iterdir())
-        if any(folder.glob("*.yaml"))
+        if any(folder.glob("*.yaml")) and folder.name != "pairing"  # follows from backbone and data
     }
 
 
@@ -63,6 +63,9 @@ def explain_composition(error: HydraException | OmegaConfBaseException, configs:
         return f"{error.missing_cfg_file}: there is no such config; the groups are {', '.join(groups(configs))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be parsed: write key=value, in quotes where the shell would take it apart"
+    if str(error).startswith("Ambiguous value for argument"):
+        given = re.findall(r"'([^']+)'", str(error))[0]
+        return f"{given} lists several values: python train.py -m {given} runs them all, [...] makes them one list"
     refused = re.search(r"Could not override '([^']+)'", str(error))
     for cause in _causes(error):
         if isinstance(cause, OmegaConfBaseException):

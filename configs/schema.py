@@ -162,8 +162,11 @@ class DataConfig:
     """Where path is a folder: the name of its file of training examples, without the ending."""
     evaluation_path: str | None
     """Examples to evaluate on, in the same format; null holds out evaluation_fraction."""
+    evaluation_split: str | None
+    """Where evaluation_path is a folder: the name of its file, without the ending."""
     evaluation_fraction: float
-    """Share of the documents held out for evaluation where no evaluation_path is given; 0 trains without a score."""
+    """Share held out for evaluation where no evaluation_path is given (pairs: of the queries; python_functions: of the
+    modules); 0 trains without a score."""
     query_column: str
     """Column of the query's text."""
     positive_column: str
@@ -293,6 +296,8 @@ def explain(error: OmegaConfBaseException) -> str:
         return f"{key}={match[1]} must be of type {match[2].lower()}"
     if match := re.fullmatch(r"Invalid value '(.*)', expected one of \[(.*)\]", reason):
         return f"{key}={match[1]} must be one of {match[2]}"
+    if match := re.fullmatch(r"Invalid type assigned: str is not a subclass of \w+Config. value: (.*)", reason):
+        return f"{key}={match[1]}: a saved run takes keys, not members of a group: set the keys of {key}, one by one"
     if key.endswith("]") and "Invalid type assigned" in reason:
         return f"{key} does not exist: to lengthen a list, give it whole, as in 'head.layers=[{{...}},{{...}}]'"
     return f"{key}: {reason[0].lower()}{reason[1:]}"
@@ -342,9 +347,11 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _head_problems(config.head)
     yield from _backbone_problems(config.backbone)
     yield from _data_problems(config.data)
+    if not config.output_dir.strip():
+        yield "output_dir= is empty: name the folder that receives the run"
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed} must lie between 0 and 4294967295"
-    if config.optimizer.weight_decay < 0:
+    if not 0 <= config.optimizer.weight_decay < float("inf"):
         yield f"optimizer.weight_decay={config.optimizer.weight_decay} must not be negative"
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         yield f"optimizer.betas={config.optimizer.betas} must be two numbers, each at least 0 and below 1"
@@ -407,7 +414,13 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     if data.format is DataFormat.pairs and data.path is None:
         yield "data.path=null: data=pairs needs a file, as in data.path=mine.jsonl"
     if data.format is DataFormat.python_functions:
-        given: dict[str, Any] = {"path": data.path, "split": data.split, "evaluation_path": data.evaluation_path}
+        given: dict[str, Any] = {
+            "path": data.path,
+            "split": data.split,
+            "evaluation_path": data.evaluation_path,
+            "evaluation_split": data.evaluation_split,
+            "negative_columns": data.negative_columns,
+        }
         for key, value in given.items():
             if value is not None:
                 yield f"data.{key}={value} has no effect on data=python_functions: use data=pairs for files of your own"

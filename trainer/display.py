@@ -104,11 +104,11 @@ class ProgressDisplay:
         self._steps = steps
         self._log_every_steps = log_every_steps
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            # Last, so that a narrow terminal cuts this first.
+            BarColumn(bar_width=20),
             console=console,
             disable=not console.is_terminal,
         )

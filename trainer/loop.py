@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from configs.schema import Config
 from losses import Loss
 from trainer.data import Data
-from trainer.data.batches import Batch, StepBatches
+from trainer.data.batches import Batch, StepBatches, count_steps_per_epoch
 from trainer.display import ProgressDisplay
 from trainer.encoding import encode_batch
 from trainer.evaluation import evaluate
@@ -33,7 +33,7 @@ def count_steps(config: Config, examples: int) -> int:
     if config.trainer.steps is not None:
         return config.trainer.steps
     assert config.trainer.epochs is not None, "parse_config lets one of the two pass"
-    steps = config.trainer.epochs * math.ceil(examples / config.trainer.batch_size)
+    steps = config.trainer.epochs * count_steps_per_epoch(examples, config.trainer.batch_size)
     return max(1, math.ceil(round(steps, 6)))  # 0.07 of 100 steps are 7, though the product is a little more
 
 
@@ -51,6 +51,7 @@ def train(
 
     Raises TrainingError where the loss is not finite.
     """
+    started = time.perf_counter()
     steps = count_steps(config, len(data.train))
     batches = StepBatches(
         data.train,
@@ -77,7 +78,6 @@ def train(
     folder.log(0, _prefixed("eval", before))
     best, best_step = -math.inf, 0
     totals = {"queries": 0, "tokens": 0, "padded_tokens": 0, "seconds": 0.0}
-    started = time.perf_counter()
     with ProgressDisplay(console, steps=steps, log_every_steps=config.trainer.log_every_steps) as progress:
         step_started = time.perf_counter()
         for step, micro_batches in enumerate(loader, start=1):
@@ -125,8 +125,10 @@ def train(
                     # The last model is saved anyway: it is written as best too only once an earlier one was.
                     if after[config.evaluation.metric.name] > best:
                         best, best_step = after[config.evaluation.metric.name], step
-                        if every is not None and step < steps:
+                        if step < steps:
                             folder.save_model(encoder, BEST)
+                        elif every is not None:
+                            folder.remove_model(BEST)  # the last is better
             folder.log(step, metrics)
             step_started = time.perf_counter()
 

@@ -4,8 +4,8 @@ import ir_measures
 
 from configs.schema import Metric
 
-# Documents ranked for each query: what the deepest metric reads.
-DEPTH = 100
+# Documents ranked for each query, as trec_eval's runs usually are: MAP reads them all.
+DEPTH = 1000
 
 
 def score_rankings(judgements: dict[str, dict[str, int]], rankings: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """What a run will do, in global terms, checked before any weight is loaded and shown before the first step."""
 
-import math
 import statistics
 
 import torch
@@ -11,6 +10,7 @@ from sentence_transformers.base.modules import Transformer
 from configs.schema import Config, ConfigError, Precision
 from losses.maxsim import choose_backend
 from trainer.data import Data
+from trainer.data.batches import count_steps_per_epoch
 from trainer.loop import count_steps
 
 # Texts whose length is measured for the start-up table.
@@ -67,7 +67,7 @@ def describe_run(
         "batch": f"{trainer.batch_size} queries a step, {trainer.accumulation_steps} micro-batch(es) of {micro_batch}, "
         f"{accelerator.num_processes} process(es)",
         "negatives a query": negatives,
-        "steps": f"{steps:,}, {steps / math.ceil(len(data.train) / trainer.batch_size):.2f} epochs",
+        "steps": f"{steps:,}, {steps / count_steps_per_epoch(len(data.train), trainer.batch_size):.2f} epochs",
         "precision": f"{trainer.precision.name} on {accelerator.device}",
         "MaxSim": backend,
         "output": config.output_dir,
@@ -84,7 +84,8 @@ def _lengths(encoder: MultiVectorEncoder, texts: list[str], task: str) -> str:
     cap = transformer.query_length if task == "query" else transformer.document_length
     cap = cap or transformer.tokenizer.model_max_length
     cut = sum(length > cap for length in lengths) / len(lengths)
-    words = f"at most {cap} tokens, which cuts {cut:.0%}; the median is {statistics.median_low(lengths)}"
+    limit = f"at most {cap} tokens" if cap < 10**9 else "no limit"  # tokenizers without one say 10^30
+    words = f"{limit}, which cuts {cut:.0%} of {len(texts)}, whose median is {statistics.median_low(lengths)}"
     if task == "query" and (expansion := transformer.query_expansion):
         least = "" if expansion["strategy"] == "fixed" else "at least "
         seen = "attended" if expansion["attend"] else "unattended"

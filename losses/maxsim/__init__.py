@@ -71,5 +71,7 @@ def _check(
             raise ValueError(f"{side}_mask is {tuple(mask.shape)}, its vectors are {tuple(vectors.shape)}")
         if not vectors.is_floating_point():
             raise ValueError(f"{side} vectors must be floating point, got {vectors.dtype}")
+    if queries.dtype != documents.dtype:
+        raise ValueError(f"queries are {queries.dtype} and documents {documents.dtype}: they must be of one type")
     if len({tensor.device for tensor in (queries, documents, query_mask, document_mask)}) > 1:
         raise ValueError("queries, documents and masks must lie on one device")

@@ -46,17 +46,25 @@ class _MaxSim(torch.autograd.Function):
         num_documents, document_tokens, _ = documents.shape
         queries_per_document = num_queries if candidates is None else 1
         scores_QN = torch.zeros(queries_per_document, num_documents, dtype=dtype, device=queries.device)
+        needs_winners = any(ctx.needs_input_grad)
         winners = torch.zeros(
-            num_documents, queries_per_document * query_tokens, dtype=torch.int32, device=queries.device
+            num_documents if needs_winners else 0,
+            queries_per_document * query_tokens,
+            dtype=torch.int32,
+            device=queries.device,
         )
         if document_tokens > 0:
             for query_slice, document_slice in _blocks(
                 num_queries, num_documents, query_tokens, document_tokens, candidates
             ):
                 rows = _rows(query_slice, query_tokens, candidates)
-                best_NR, winners[document_slice, rows] = _best(
+                similarity_NJR = _similarity(
                     queries[query_slice], documents[document_slice], document_mask[document_slice], dtype
                 )
+                if needs_winners:
+                    best_NR, winners[document_slice, rows] = similarity_NJR.max(dim=1)
+                else:
+                    best_NR = similarity_NJR.amax(dim=1)
                 best_NQI = best_NR.view(best_NR.shape[0], query_slice.stop - query_slice.start, query_tokens)
                 best_NQI = torch.where(query_mask[query_slice], best_NQI, 0.0)
                 scored = document_mask[document_slice].any(dim=1)
@@ -98,15 +106,13 @@ class _MaxSim(torch.autograd.Function):
         return query_gradient.to(queries.dtype), document_gradient.to(documents.dtype), None, None, None
 
 
-def _best(queries: Tensor, documents: Tensor, document_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Largest similarity of each query token to each document and the document token that has it, both (N, R)."""
+def _similarity(queries: Tensor, documents: Tensor, document_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Similarity of each query token to each document token, (N, J, R), -inf where the document token is masked."""
     queries_RH, documents_NJH = queries.flatten(0, 1).to(dtype), documents.to(dtype)
     # Autocast would round the products to half precision: near 32, bfloat16 scores are 0.125 apart.
     with torch.autocast(queries.device.type, enabled=False):
         similarity_NJR = documents_NJH @ queries_RH.T
-    similarity_NJR.masked_fill_(~document_mask.unsqueeze(2), float("-inf"))
-    best = similarity_NJR.max(dim=1)
-    return best.values, best.indices.int()
+    return similarity_NJR.masked_fill_(~document_mask.unsqueeze(2), float("-inf"))
 
 
 def _blocks(

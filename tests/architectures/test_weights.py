@@ -64,7 +64,14 @@ def backbone(
 def folder_with(folder: Path, **config: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("[PAD]\n")
     return folder
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (folder_with(tmp_path, model_type="bert") / "vocab.txt").unlink()
+    with pytest.raises(ConfigError, match=rf"^backbone\.name={tmp_path} has no tokenizer: one of tokenizer"):
+        locate_backbone(backbone(tmp_path))
 
 
 # --- Places ----------------------------------------------------------------------------------------------------------

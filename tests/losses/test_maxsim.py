@@ -165,6 +165,15 @@ def test_half_precision_is_summed_in_float32_also_under_autocast(dtype: torch.dt
     )
 
 
+def test_scores_are_the_same_whether_or_not_a_gradient_is_asked_for() -> None:
+    generator = torch.Generator().manual_seed(6)
+    queries = torch.randn(3, 4, 5, generator=generator)
+    documents = torch.randn(6, 7, 5, generator=generator)
+    query_mask, document_mask = holey_masks(generator, (3, 4), (6, 7))
+    scores = maxsim(queries, documents, query_mask, document_mask)
+    assert torch.equal(scores, maxsim(queries.requires_grad_(), documents, query_mask, document_mask))
+
+
 def test_the_same_inputs_give_the_same_bits_forward_and_backward() -> None:
     def run() -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(5)
@@ -183,13 +192,13 @@ def test_the_same_inputs_give_the_same_bits_forward_and_backward() -> None:
 
 def test_similarities_of_all_pairs_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    best = reference._best
+    similarity = reference._similarity
 
-    def spy(queries: Tensor, documents: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def spy(queries: Tensor, documents: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         sizes.append(queries.shape[0] * queries.shape[1] * documents.shape[0] * documents.shape[1])
-        return best(queries, documents, mask, dtype)
+        return similarity(queries, documents, mask, dtype)
 
-    monkeypatch.setattr(reference, "_best", spy)
+    monkeypatch.setattr(reference, "_similarity", spy)
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1000)
     masks = torch.ones(10, 8, dtype=torch.bool), torch.ones(20, 9, dtype=torch.bool)
     maxsim(torch.randn(10, 8, 4), torch.randn(20, 9, 4), *masks)
@@ -220,6 +229,7 @@ Break = Callable[[dict[str, Tensor]], dict[str, Tensor]]
         ({"documents": torch.randn(2, 5, 3)}, "embedding sizes differ: queries 4, documents 3"),
         ({"query_mask": torch.ones(2, 3)}, "query_mask must be bool"),
         ({"document_mask": torch.ones(2, 4, dtype=torch.bool)}, "document_mask is"),
+        ({"documents": torch.randn(2, 5, 4, dtype=torch.float64)}, "they must be of one type"),
         ({"queries": torch.randn(3, 4)}, "queries must have 3"),
         ({"queries": torch.ones(2, 3, 4, dtype=torch.int64)}, "query vectors must be floating point"),
     ],

@@ -244,7 +244,7 @@ def test_losses_and_weights_equal_a_plain_loop(encoder: MultiVectorEncoder, make
 def test_an_accumulated_step_has_the_gradient_of_the_weighted_mean_of_its_micro_batches(
     encoder: MultiVectorEncoder, make_config: MakeConfig
 ) -> None:
-    # Five queries in two micro-batches: three and two.
+    # Five queries in two micro-batches: two and three.
     config = make_config(
         *OVERRIDES,
         "trainer.steps=1",
@@ -256,8 +256,8 @@ def test_an_accumulated_step_has_the_gradient_of_the_weighted_mean_of_its_micro_
     five = replace(data, train=data.train.select(range(5)))
     encoder = without_dropout(encoder).double().train()
     order = StepBatches(five.train, encoder, batch_size=6, accumulation_steps=2, chunk_tokens=1, seed=7).rows(0)
-    first, second = plain_loss(encoder, order[:3], 0.5), plain_loss(encoder, order[3:], 0.5)
-    expected_loss = first * 3 / 5 + second * 2 / 5
+    first, second = plain_loss(encoder, order[:2], 0.5), plain_loss(encoder, order[2:], 0.5)
+    expected_loss = first * 2 / 5 + second * 3 / 5
     expected = gradients_of(encoder, expected_loss)
 
     ours = run(encoder, config, data=five)
@@ -382,9 +382,9 @@ def test_the_result_says_what_the_run_did(encoder: MultiVectorEncoder, make_conf
     }
     seconds = sum(line["train/seconds"] for line in steps)
     assert result["model"] == str(ours.folder.path / "model")
-    # Four queries, then the two that are left, and so on.
-    assert (result["steps"], result["queries"], result["processes"]) == (5, 4 + 2 + 4 + 2 + 4, 1)
-    assert result["queries_per_second"] == pytest.approx(16 / seconds, rel=1e-9)
+    # Six examples in batches of four at most: three a step.
+    assert (result["steps"], result["queries"], result["processes"]) == (5, 15, 1)
+    assert result["queries_per_second"] == pytest.approx(15 / seconds, rel=1e-9)
     assert result["seconds"] >= seconds
     assert result["before"] == {name: ours.metrics[0][f"eval/{name}"] for name in METRICS}
     assert result["after"] == {name: ours.metrics[5][f"eval/{name}"] for name in METRICS}
@@ -501,7 +501,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
         run(encoder, config, loss=loss)
     folder = RunFolder(config)
     assert str(caught.value) == (
-        f"step 2: the loss is {value}; the batch is made.jsonl:{rows[0] + 1} and 1 more examples, "
+        f"step 2: the loss is {value}; the batch is made.jsonl:{rows[0] + 1} and 2 more examples, "
         f"all in {folder.path}/failed_batch.jsonl: look at them, or lower optimizer.learning_rate"
     )
     written = [json.loads(line) for line in (folder.path / "failed_batch.jsonl").read_text().splitlines()]

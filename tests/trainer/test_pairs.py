@@ -26,6 +26,7 @@ def make_config(folder: Path, name: str, **changes: Any) -> DataConfig:
         root=str(folder),
         path=name,
         split="train",
+        evaluation_split=None,
         evaluation_path=None,
         evaluation_fraction=0.0,
         query_column="query",
@@ -61,7 +62,7 @@ def error_of(folder: Path, name: str, content: bytes | None = None, **changes: A
 # Formats
 
 CSV = b'query,positive\nwhat is a cat,an animal that meows\n"what barks, and why","a ""dog"""\n'
-TSV = b'query\tpositive\nwhat is a cat\tan animal that meows\nwhat barks, and why\t"a ""dog"""\n'
+TSV = b'query\tpositive\nwhat is a cat\tan animal that meows\nwhat barks, and why\ta "dog"\n'
 CONTENTS = {
     "a.jsonl": json_lines(*EXAMPLES),
     "a.json": json_lines(*EXAMPLES),
@@ -241,53 +242,76 @@ def test_an_empty_cell_of_a_csv_is_no_negative(tmp_path: Path) -> None:
 # Holding out
 
 
-def hold_out(folder: Path, fraction: float, *, own_negatives: bool = False) -> tuple[list[dict[str, Any]], Data]:
-    """A few hundred examples whose queries and documents repeat, split by the hash of the document."""
+def hold_out(folder: Path, fraction: float) -> tuple[list[dict[str, Any]], Data]:
+    """A few hundred examples whose queries and documents repeat, split by the hash of the query."""
     examples: list[dict[str, Any]] = [
         {"query": f"query {number % 150}", "positive": f"document {number % 170}"} for number in range(300)
     ]
-    if own_negatives:
-        for number, example in enumerate(examples):
-            example["negatives"] = [f"document {(number + 40) % 170}", f"document {(number + 80) % 170}"]
     (folder / "a.jsonl").write_bytes(json_lines(*examples))
     return examples, load_data(make_config(folder, "a.jsonl", evaluation_fraction=fraction))
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3])
-def test_no_query_and_no_positive_is_on_both_sides(fraction: float, tmp_path: Path) -> None:
-    _, data = hold_out(tmp_path, fraction)
+def test_queries_are_held_out_by_the_md5_of_their_text_with_all_their_documents(
+    fraction: float, tmp_path: Path
+) -> None:
+    examples, data = hold_out(tmp_path, fraction)
+    threshold = round(fraction * 10_000)
+    queries = {row["query"] for row in examples if int(md5(row["query"].encode()).hexdigest(), 16) % 10_000 < threshold}
     assert data.evaluation is not None
-    assert data.evaluation.queries
-    assert not set(data.train["query"]) & set(data.evaluation.queries.values())
-    assert not set(data.train["positive"]) & set(data.evaluation.corpus.values())
+    assert queries
+    assert set(data.evaluation.queries.values()) == queries
+    documents = {row["positive"] for row in examples if row["query"] in queries}
+    assert set(data.evaluation.corpus.values()) == documents
 
 
-def test_a_document_that_answers_a_held_out_query_is_no_negative_of_a_training_example(tmp_path: Path) -> None:
-    _, data = hold_out(tmp_path, 0.2, own_negatives=True)
-    assert data.evaluation is not None
-    answers = {data.evaluation.corpus[name] for graded in data.evaluation.judgements.values() for name in graded}
-    assert answers
-    assert not answers & {negative for negatives in data.train["negatives"] for negative in negatives}
-
-
-def test_documents_are_held_out_by_the_md5_of_their_text(tmp_path: Path) -> None:
-    examples, data = hold_out(tmp_path, 0.2)
-    held_out = {
-        example["positive"]
-        for example in examples
-        if int(md5(example["positive"].encode()).hexdigest(), 16) % 10_000 < 2_000
-    }
-    assert data.evaluation is not None
-    assert 10 < len(held_out) < 60
-    assert set(data.evaluation.corpus.values()) == held_out
-
-
-def test_the_rest_is_trained_on(tmp_path: Path) -> None:
+def test_every_example_is_trained_on_or_held_out(tmp_path: Path) -> None:
     examples, data = hold_out(tmp_path, 0.2)
     assert data.evaluation is not None
-    queries, documents = set(data.evaluation.queries.values()), set(data.evaluation.corpus.values())
-    rest = [row for row in examples if row["query"] not in queries and row["positive"] not in documents]
+    queries = set(data.evaluation.queries.values())
+    rest = [row for row in examples if row["query"] not in queries]
     assert texts(data.train) == [{**row, "negatives": []} for row in rest]
+
+
+def test_the_training_file_is_refused_as_evaluation_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    with pytest.raises(ConfigError, match=rf"^data\.evaluation_path=a\.jsonl is the training file {tmp_path}/a\.jsonl"):
+        load_data(make_config(tmp_path, "a.jsonl", evaluation_path="a.jsonl"))
+
+
+def test_evaluation_has_a_split_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(json_lines({"query": "q", "positive": "p"}))
+    (tmp_path / "dev.jsonl").write_bytes(json_lines({"query": "r", "positive": "s"}))
+    data = load_data(make_config(tmp_path, ".", evaluation_path=".", evaluation_split="dev"))
+    assert data.train["query"] == ["q"]
+    assert data.evaluation is not None
+    assert list(data.evaluation.queries.values()) == ["r"]
+
+
+def test_several_negative_columns_that_are_named_give_each_example_once(tmp_path: Path) -> None:
+    content = json_lines({"query": "q", "positive": "p", "na": "n", "nb": ["m", "o"], "negative": "not asked for"})
+    assert load(tmp_path, "a.jsonl", content, negative_columns=["na", "nb"]) == [
+        {"query": "q", "positive": "p", "negatives": ["n", "m", "o"]}
+    ]
+
+
+def test_quotes_are_letters_in_a_tsv(tmp_path: Path) -> None:
+    content = b'query\tpositive\n"unbalanced\tp\nr\tends with a quote"\n'
+    assert load(tmp_path, "a.tsv", content) == [
+        {"query": '"unbalanced', "positive": "p", "negatives": []},
+        {"query": "r", "positive": 'ends with a quote"', "negatives": []},
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_the_mark_that_excel_puts_first_is_no_text(name: str, tmp_path: Path) -> None:
+    content = b"query,positive\nq,p\n" if name == "a.csv" else GOOD
+    assert load(tmp_path, name, b"\xef\xbb\xbf" + content) == [{"query": "q", "positive": "p", "negatives": []}]
+
+
+def test_a_text_may_be_longer_than_the_csv_module_allows_at_first(tmp_path: Path) -> None:
+    [example] = load(tmp_path, "a.csv", b"query,positive\nq," + b"p" * 200_000 + b"\n")
+    assert len(example["positive"]) == 200_000
 
 
 def test_a_share_of_zero_trains_on_all_and_evaluates_on_nothing(tmp_path: Path) -> None:

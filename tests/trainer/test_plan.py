@@ -131,9 +131,10 @@ def test_lengths_say_the_cap_what_it_cuts_the_median_and_what_is_added(
 ) -> None:
     facts = describe(encoder, make_config())
     assert facts["queries"] == (
-        "at most 8 tokens, which cuts 40%; the median is 6; filled to 8 with unattended mask tokens; prefix '[Q] '"
+        "at most 8 tokens, which cuts 40% of 5, whose median is 6; filled to 8 with unattended mask tokens; "
+        "prefix '[Q] '"
     )
-    assert facts["documents"] == "at most 16 tokens, which cuts 40%; the median is 16; prefix '[D] '"
+    assert facts["documents"] == "at most 16 tokens, which cuts 40% of 5, whose median is 16; prefix '[D] '"
 
 
 def test_queries_filled_to_a_least_length_are_cut_where_the_backbone_ends(
@@ -144,7 +145,7 @@ def test_queries_filled_to_a_least_length_are_cut_where_the_backbone_ends(
     transformer.query_length = None
     transformer.query_expansion = {"strategy": "min", "attend": True, "length": 8}
     assert describe(encoder, make_config())["queries"] == (
-        "at most 64 tokens, which cuts 0%; the median is 6; filled to at least 8 with attended mask tokens; "
+        "at most 64 tokens, which cuts 0% of 5, whose median is 6; filled to at least 8 with attended mask tokens; "
         "prefix '[Q] '"
     )
 
@@ -156,7 +157,7 @@ def test_without_prefix_and_expansion_the_text_alone_is_measured(
     assert isinstance(transformer, Transformer)
     transformer.query_expansion = None
     encoder.prompts["query"] = ""
-    assert describe(encoder, make_config())["queries"] == "at most 8 tokens, which cuts 20%; the median is 5"
+    assert describe(encoder, make_config())["queries"] == "at most 8 tokens, which cuts 20% of 5, whose median is 5"
 
 
 def test_lengths_are_those_of_the_first_examples(
@@ -164,8 +165,8 @@ def test_lengths_are_those_of_the_first_examples(
 ) -> None:
     monkeypatch.setattr(plan, "SAMPLE", 3)
     facts = describe(encoder, make_config())
-    assert facts["queries"].startswith("at most 8 tokens, which cuts 0%; the median is 5;")
-    assert facts["documents"].startswith("at most 16 tokens, which cuts 0%; the median is 7;")
+    assert facts["queries"].startswith("at most 8 tokens, which cuts 0% of 3, whose median is 5;")
+    assert facts["documents"].startswith("at most 16 tokens, which cuts 0% of 3, whose median is 7;")
 
 
 def test_the_remaining_facts_are_those_of_config_and_data(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:

@@ -41,6 +41,7 @@ def make_config(evaluation_fraction: float = 0.0) -> DataConfig:
         root="data",
         path=None,
         split=None,
+        evaluation_split=None,
         evaluation_path=None,
         evaluation_fraction=evaluation_fraction,
         query_column="query",

@@ -17,6 +17,8 @@ from trainer.run_folder import RunFolder
 
 MakeConfig = Callable[..., Config]
 NO_SPACE = "[Errno 28] No space left on device"
+# As libraries written in Rust report it, by exceptions of their own.
+FULL = "No space left on device (os error 28)"
 
 
 def make_folder(make_config: MakeConfig, *overrides: str) -> RunFolder:
@@ -38,7 +40,8 @@ def fill(path: Path, *names: str) -> None:
     [
         (["config.yaml", "metrics.jsonl", "result.json"], "a finished run"),
         (["result.json"], "a finished run"),
-        (["config.yaml", "metrics.jsonl"], "a run that did not finish"),
+        (["config.yaml", "metrics.jsonl"], "a run that did not finish (config.yaml, metrics.jsonl)"),
+        (["model"], "a run that did not finish (model)"),
     ],
 )
 @pytest.mark.parametrize("method", ["check", "create"])
@@ -54,6 +57,16 @@ def test_a_folder_with_a_run_is_refused_and_left_alone(
     )
     assert sorted(path.name for path in folder.path.iterdir()) == sorted(files)
     assert all((folder.path / name).read_text() == f"old {name}" for name in files)
+
+
+@pytest.mark.parametrize("key", ["backbone.name", "data.path"])
+def test_a_run_that_would_replace_its_own_input_is_refused(key: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    fill(tmp_path / "run", "model", "config.yaml")
+    source = tmp_path / "run" / "model"
+    folder = make_folder(make_config, "data=pairs", "data.path=other", f"{key}={source}", "overwrite=true")
+    with pytest.raises(ConfigError, match=rf"^{key}={source} lies in output_dir={tmp_path}/run, which is replaced"):
+        folder.create()
+    assert source.read_text() == "old model"
 
 
 @pytest.mark.parametrize("overwrite", ["true", "false"])
@@ -195,8 +208,12 @@ def fail_to_save(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 @pytest.mark.parametrize("name", ["model", "best"])
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(OSError(errno.ENOSPC, "No space left on device"), NO_SPACE), (SafetensorError("I/O error"), "I/O error")],
-    ids=["OSError", "SafetensorError"],
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), NO_SPACE),
+        (SafetensorError(FULL), FULL),
+        (Exception(FULL), FULL),
+    ],
+    ids=["OSError", "SafetensorError", "tokenizers"],
 )
 def test_a_failed_save_leaves_no_half_written_model(
     error: Exception,

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +43,8 @@ class Batch:
 class StepBatches(torch.utils.data.Dataset[list[Batch]]):
     """The micro-batches of each optimiser step, by step from 0.
 
-    An epoch is a permutation of all examples; its last step takes what is left, so none is lost or repeated.
+    An epoch is a permutation of all examples, cut into steps of sizes that differ by one at most: none is lost or
+    repeated, and no last step is left with a query and nothing to tell its document from.
     """
 
     def __init__(
@@ -60,26 +63,20 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
         self.accumulation_steps = accumulation_steps
         self.chunk_tokens = chunk_tokens
         self.seed = seed
-        self.steps_per_epoch = math.ceil(len(examples) / batch_size)
+        self.steps_per_epoch = count_steps_per_epoch(len(examples), batch_size)
 
     def __getitem__(self, step: int) -> list[Batch]:
         rows = self.rows(step)
-        micro_batch_size = math.ceil(len(rows) / self.accumulation_steps)
-        return [
-            self._batch(
-                rows[start : start + micro_batch_size], share=len(rows[start : start + micro_batch_size]) / len(rows)
-            )
-            for start in range(0, len(rows), micro_batch_size)
-        ]
+        cuts = [len(rows) * part // self.accumulation_steps for part in range(self.accumulation_steps + 1)]
+        parts = [rows[start:stop] for start, stop in pairwise(cuts) if start < stop]
+        return [self._batch(part, share=len(part) / len(rows)) for part in parts]
 
     def rows(self, step: int) -> list[int]:
         """Rows of the examples of a step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        # One generator an epoch; the odd factor keeps (seed, epoch) and (seed + 1, epoch - 1) apart.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(self.examples), generator=generator)
-        start = step_in_epoch * self.batch_size
-        return order[start : start + self.batch_size].tolist()
+        order = _epoch_order(self.seed, epoch, len(self.examples))
+        start, stop = (len(order) * part // self.steps_per_epoch for part in (step_in_epoch, step_in_epoch + 1))
+        return order[start:stop].tolist()
 
     def _batch(self, rows: list[int], *, share: float) -> Batch:
         examples = self.examples[rows]
@@ -90,6 +87,18 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
             rows=rows,
             share=share,
         )
+
+
+def count_steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Optimiser steps that take every example once, none with more than batch_size."""
+    return math.ceil(examples / batch_size)
+
+
+@lru_cache(maxsize=1)
+def _epoch_order(seed: int, epoch: int, examples: int) -> Tensor:
+    # One generator an epoch; the odd factor keeps (seed, epoch) and (seed + 1, epoch - 1) apart.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(examples, generator=generator)
 
 
 def tokenize(encoder: MultiVectorEncoder, texts: Sequence[str], *, task: str, chunk_tokens: int) -> TokenizedTexts:

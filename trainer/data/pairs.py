@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from hashlib import md5
@@ -33,48 +34,45 @@ FEATURES = Features(
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     """Return training and held-out examples.
 
-    Without an evaluation file, documents are held out by a hash of their text, so none is on both sides; a query that
-    is held out is not trained on either.
+    Without an evaluation file, queries are held out by a hash of their text, each with all its positives. Documents may
+    answer queries of both sides, as they do in the published sets.
     """
     assert config.path is not None, "parse_config asks for data.path"
-    examples = _read("data.path", config.path, config)
+    path = _find("data.path", config.path, "data.split", config.split, config.root)
+    examples = _read(path, config)
     if config.evaluation_path is not None:
-        return examples, _read("data.evaluation_path", config.evaluation_path, config)
+        names = ("data.evaluation_path", config.evaluation_path, "data.evaluation_split", config.evaluation_split)
+        evaluation_path = _find(*names, config.root)
+        if evaluation_path.samefile(path):
+            raise ConfigError(
+                f"data.evaluation_path={config.evaluation_path} is the training file {path}: name another"
+            )
+        return examples, _read(evaluation_path, config)
     threshold = round(config.evaluation_fraction * 10_000)
-    is_held_out = [_bucket(document) < threshold for document in examples["positive"]]
-    held_out_queries = {query for query, held_out in zip(examples["query"], is_held_out, strict=True) if held_out}
-    train = examples.select(
-        row
-        for row, (query, held_out) in enumerate(zip(examples["query"], is_held_out, strict=True))
-        if not held_out and query not in held_out_queries
+    is_held_out = [_bucket(query) < threshold for query in examples["query"]]
+    return (
+        examples.select(row for row, held_out in enumerate(is_held_out) if not held_out),
+        examples.select(row for row, held_out in enumerate(is_held_out) if held_out),
     )
-    if threshold and any(train["negatives"]):
-        train = train.map(_without_held_out, fn_kwargs={"threshold": threshold})
-    return train, examples.select(row for row, held_out in enumerate(is_held_out) if held_out)
 
 
 def _bucket(text: str) -> int:
     return int(md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % 10_000
 
 
-def _without_held_out(example: dict[str, Any], threshold: int) -> dict[str, list[str]]:
-    return {"negatives": [document for document in example["negatives"] if _bucket(document) >= threshold]}
-
-
-def _find(key: str, name: str, config: DataConfig) -> Path:
+def _find(key: str, name: str, split_key: str, split: str | None, root: str) -> Path:
     """The file that a path names: under data.root, else in the working folder; of a folder, the file of the split."""
-    candidates = list(dict.fromkeys([Path(config.root, name), Path(name)]))
+    candidates = list(dict.fromkeys([Path(root, name), Path(name)]))
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
         looked = " or ".join(str(candidate) for candidate in candidates)
         raise ConfigError(f"{key}={name}: there is no {looked}: give an existing file, or set data.root")
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if file.name.split(".")[0] == config.split and _readable(file)]
+        files = [file for file in sorted(path.iterdir()) if file.name.split(".")[0] == split and _readable(file)]
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
             raise ConfigError(
-                f"data.split={config.split}: {path} must hold one file {config.split}.<jsonl, csv, tsv or parquet>; "
-                f"found {found}"
+                f"{split_key}={split}: {path} must hold one file {split}.<jsonl, csv, tsv or parquet>; found {found}"
             )
         path = files[0]
     if not _readable(path):
@@ -90,9 +88,8 @@ def _ending(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _read(key: str, name: str, config: DataConfig) -> Dataset:
+def _read(path: Path, config: DataConfig) -> Dataset:
     """Read one file into a table on disk, each row of it checked; the table is kept for as long as the file stays."""
-    path = _find(key, name, config)
     stamp = path.stat()
     try:
         return Dataset.from_generator(
@@ -102,20 +99,29 @@ def _read(key: str, name: str, config: DataConfig) -> Dataset:
                 "path": path,
                 "query_column": config.query_column,
                 "positive_column": config.positive_column,
-                "negative_columns": config.negative_columns,
-                "stamp": (stamp.st_mtime_ns, stamp.st_size),
+                # A list would be taken for shards, each read by itself.
+                "negative_columns": None if config.negative_columns is None else tuple(config.negative_columns),
+                # The file as it is now, read by the rules as they are now.
+                "version": (stamp.st_mtime_ns, stamp.st_size, md5(Path(__file__).read_bytes()).hexdigest()),
             },
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
-        raise
+        raise ConfigError(f"{path} cannot be kept as a table: {error.__cause__}") from error
 
 
 def _examples(
-    path: Path, query_column: str, positive_column: str, negative_columns: list[str] | None, stamp: tuple[int, int]
+    path: Path,
+    query_column: str,
+    positive_column: str,
+    negative_columns: tuple[str, ...] | None,
+    version: tuple[int, int, str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the examples of a file, or raise ConfigError at the first that is none. `stamp` tells versions apart."""
+    """Yield the examples of a file, or raise ConfigError at the first that is none.
+
+    version: not read here; it keeps the tables of different versions apart.
+    """
     empty = True
     for place, row in _checked_rows(path):
         if empty:
@@ -123,7 +129,7 @@ def _examples(
             empty = False
         columns = negative_columns
         if columns is None:
-            columns = [column for column in row if NEGATIVE_COLUMN.fullmatch(column)]
+            columns = tuple(column for column in row if NEGATIVE_COLUMN.fullmatch(column))
         yield {
             "query": _text(place, query_column, row.get(query_column)),
             "positive": _text(place, positive_column, row.get(positive_column)),
@@ -135,10 +141,10 @@ def _examples(
 
 
 def _check_columns(
-    path: Path, row: dict[str, Any], query_column: str, positive_column: str, negative_columns: list[str] | None
+    path: Path, row: dict[str, Any], query_column: str, positive_column: str, negative_columns: tuple[str, ...] | None
 ) -> None:
     named = [("query_column", query_column), ("positive_column", positive_column)]
-    named += [("negative_columns", column) for column in negative_columns or []]
+    named += [("negative_columns", column) for column in negative_columns or ()]
     for key, column in named:
         if column not in row:
             raise ConfigError(
@@ -165,15 +171,15 @@ def _checked_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     try:
         yield from readers[_ending(path)](path)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowException) as error:
+    except (OSError, EOFError, UnicodeError, zlib.error, csv.Error, pa.ArrowException) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _open(path: Path) -> TextIO:
-    # newline="" leaves line ends inside a CSV cell as they are.
+    # newline="" leaves line ends inside a CSV cell as they are; utf-8-sig drops the mark that Excel puts first.
     if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -217,7 +223,11 @@ def _object(place: str, row: Any) -> dict[str, Any]:
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open(path) as file:
-        reader = csv.reader(file, delimiter="\t" if _ending(path) == ".tsv" else ",", strict=True)
+        csv.field_size_limit(sys.maxsize)
+        # In a TSV quotes are letters like any other.
+        is_tsv = _ending(path) == ".tsv"
+        dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {"strict": True}
+        reader = csv.reader(file, **dialect)
         header: list[str] = []
         for cells in filter(None, reader):
             if not header:
