@@ -61,6 +61,7 @@ def error_of(folder: Path, name: str, content: bytes | None = None, **changes: A
 
 # Formats
 
+GOOD = json_lines({"query": "q", "positive": "p"})
 CSV = b'query,positive\nwhat is a cat,an animal that meows\n"what barks, and why","a ""dog"""\n'
 TSV = b'query\tpositive\nwhat is a cat\tan animal that meows\nwhat barks, and why\ta "dog"\n'
 CONTENTS = {
@@ -273,10 +274,10 @@ def test_every_example_is_trained_on_or_held_out(tmp_path: Path) -> None:
     assert texts(data.train) == [{**row, "negatives": []} for row in rest]
 
 
-def test_the_training_file_is_refused_as_evaluation_file(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(GOOD)
-    with pytest.raises(ConfigError, match=rf"^data\.evaluation_path=a\.jsonl is the training file {tmp_path}/a\.jsonl"):
-        load_data(make_config(tmp_path, "a.jsonl", evaluation_path="a.jsonl"))
+def test_a_folder_to_evaluate_on_needs_a_split_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(GOOD)
+    with pytest.raises(ConfigError, match=r"^data\.evaluation_split=None: .* must hold one file None"):
+        load_data(make_config(tmp_path, ".", evaluation_path="."))
 
 
 def test_evaluation_has_a_split_of_its_own(tmp_path: Path) -> None:
@@ -384,8 +385,6 @@ def test_a_missing_negative_column_is_named(tmp_path: Path) -> None:
 
 
 # Errors in the file
-
-GOOD = json_lines({"query": "q", "positive": "p"})
 
 
 @pytest.mark.parametrize(

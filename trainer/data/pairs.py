@@ -42,12 +42,7 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     examples = _read(path, config)
     if config.evaluation_path is not None:
         names = ("data.evaluation_path", config.evaluation_path, "data.evaluation_split", config.evaluation_split)
-        evaluation_path = _find(*names, config.root)
-        if evaluation_path.samefile(path):
-            raise ConfigError(
-                f"data.evaluation_path={config.evaluation_path} is the training file {path}: name another"
-            )
-        return examples, _read(evaluation_path, config)
+        return examples, _read(_find(*names, config.root), config)
     threshold = round(config.evaluation_fraction * 10_000)
     is_held_out = [_bucket(query) < threshold for query in examples["query"]]
     return (
@@ -187,7 +182,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 place = f"{path}:{number}"
-                yield place, _object(place, _parse(path, line, first_line=number))
+                yield place, _object(place, _parse(path, line.rstrip(), first_line=number))
 
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
