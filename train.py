@@ -4,6 +4,7 @@
 slow to import waits until the config has been checked.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -100,6 +101,8 @@ def run(config: Config) -> int:
     from trainer.loop import TrainingError, train
     from trainer.plan import build_accelerator, check_batch, choose_maxsim, describe_run
 
+    # What these warn of, such as queries that are cut, the start-up table says in figures.
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     check_batch(config, len(data.train))

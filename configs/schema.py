@@ -352,7 +352,7 @@ def _problems(config: Config) -> Iterator[str]:
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed} must lie between 0 and 4294967295"
     if not 0 <= config.optimizer.weight_decay < float("inf"):
-        yield f"optimizer.weight_decay={config.optimizer.weight_decay} must not be negative"
+        yield f"optimizer.weight_decay={config.optimizer.weight_decay} must be 0 or more, and finite"
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         yield f"optimizer.betas={config.optimizer.betas} must be two numbers, each at least 0 and below 1"
     if not 0 <= config.optimizer.warmup_fraction <= 1:

@@ -222,6 +222,8 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["hed=mlp"], "hed is no key; the nearest is head "),
         (["head.layers=[{foo:1}]"], "head.layers[0].foo is no key; the nearest is head.layers.0.factor "),
         (["head=mlp_residul"], "head=mlp_residul is no member; the nearest is mlp_residual, of deep, default"),
+        (["head=null"], "head=null: a group takes the name of a member"),
+        (["head=linear,mlp"], "head=linear,mlp lists several values: python train.py -m head=linear,mlp runs them"),
         (["trainer.steps=abc"], "trainer.steps=abc must be of type integer"),
         (["trainer.precision=int8"], "trainer.precision=int8 must be one of float32, bf16, fp16"),
         (

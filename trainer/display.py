@@ -104,11 +104,10 @@ class ProgressDisplay:
         self._steps = steps
         self._log_every_steps = log_every_steps
         self._bar = Progress(
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
-            # Last, so that a narrow terminal cuts this first.
-            BarColumn(bar_width=20),
             console=console,
             disable=not console.is_terminal,
         )
@@ -116,7 +115,7 @@ class ProgressDisplay:
 
     def __enter__(self) -> Self:
         self._bar.start()
-        self._task = self._bar.add_task("training", total=self._steps, status="")
+        self._task = self._bar.add_task("", total=self._steps, status="")
         return self
 
     def __exit__(
@@ -127,16 +126,19 @@ class ProgressDisplay:
     def step(self, step: int, metrics: dict[str, float], *, seconds_left: float) -> None:
         """Show a finished step."""
         assert self._task is not None, "shown inside the with block"
-        status = (
-            f"loss {metrics['train/loss']:.4f}  lr {metrics['train/learning_rate']:.2e}  "
+        quality = f"loss {metrics['train/loss']:.4f}  lr {metrics['train/learning_rate']:.2e}"
+        speed = (
             f"{metrics['train/queries_per_second']:.1f} queries/s  "
-            f"{metrics['train/document_tokens_per_second']:,.0f} document tokens/s  "
-            f"padding {metrics['train/padding_fraction']:.0%}"
+            f"{metrics['train/document_tokens_per_second']:,.0f} document tokens/s"
         )
-        self._bar.update(self._task, completed=step, status=status)
+        padding = f"padding {metrics['train/padding_fraction']:.0%}"
+        # Two lines fit a terminal of 80 columns.
+        self._bar.update(self._task, completed=step, status=f"{quality}  {padding}\n{speed}")
         if self._bar.disable and (step % self._log_every_steps == 0 or step in (1, self._steps)):
             minutes, seconds = divmod(round(seconds_left), 60)
-            self._console.print(f"step {step}/{self._steps}  {status}  {minutes}:{seconds:02d} left")
+            self._console.print(
+                f"step {step}/{self._steps}  {quality}  {speed}  {padding}  {minutes}:{seconds:02d} left"
+            )
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""

@@ -67,12 +67,12 @@ def train(
     schedule = build_schedule(optimizer, config.optimizer, steps=steps)
     model, optimizer = accelerator.prepare(encoder, optimizer)
 
-    def score(step: int) -> dict[str, float] | None:
+    def score() -> dict[str, float] | None:
         if data.evaluation is None:
             return None
         return evaluate(encoder, data.evaluation, batch_size=config.evaluation.batch_size)
 
-    before = after = score(0)
+    before = after = score()
     if before is not None:
         console.print(f"before  {_one_line(before)}")
     folder.log(0, _prefixed("eval", before))
@@ -118,7 +118,7 @@ def train(
             progress.step(step, metrics, seconds_left=(steps - step) * totals["seconds"] / step)
             every = config.evaluation.every_steps
             if step == steps or (every is not None and step % every == 0):
-                after = score(step)
+                after = score()
                 metrics |= _prefixed("eval", after)
                 if after is not None:
                     progress.say(f"step {step}  {_one_line(after)}")

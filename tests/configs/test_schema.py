@@ -45,10 +45,12 @@ def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: 
         ("data.evaluation_fraction=1", r"^data\.evaluation_fraction=1\.0 must be at least 0 and below 1$"),
         ("data.path=x.jsonl", r"^data\.path=x\.jsonl has no effect on data=python_functions"),
         ("data=pairs", r"^data\.path=null: data=pairs needs a file"),
+        ("output_dir=", r"^output_dir= is empty: name the folder"),
         ("seed=-1", r"^seed=-1 must lie between 0 and 4294967295$"),
         ("loss.temperature=0", r"^loss\.temperature=0\.0 must be positive$"),
         ("optimizer.learning_rate=nan", r"^optimizer\.learning_rate=nan must be positive$"),
-        ("optimizer.weight_decay=-1", r"^optimizer\.weight_decay=-1\.0 must not be negative$"),
+        ("optimizer.weight_decay=-1", r"^optimizer\.weight_decay=-1\.0 must be 0 or more, and finite$"),
+        ("optimizer.weight_decay=nan", r"^optimizer\.weight_decay=nan must be 0 or more, and finite$"),
         ("optimizer.betas=[0.9]", r"^optimizer\.betas=\[0\.9\] must be two numbers"),
         ("optimizer.warmup_fraction=2", r"^optimizer\.warmup_fraction=2\.0 must lie between 0 and 1$"),
         ("trainer.epochs=1", r"^trainer\.steps=90 and trainer\.epochs=1\.0: exactly one must be set"),
@@ -79,6 +81,10 @@ def test_punctuation_is_skipped_in_prose_and_scored_in_source_code(make_config: 
     assert prose.skiplist is not None
     assert set(prose.skiplist) == set(string.punctuation)
     assert [side.name for side in prose.skiplist_sides] == ["document"]
+
+
+def test_a_checkpoint_keeps_its_own_skiplist_on_source_code_too(make_config: MakeConfig) -> None:
+    assert make_config("backbone=checkpoint").backbone.skiplist is None
 
 
 def test_the_data_root_comes_from_the_environment(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -463,12 +463,13 @@ def test_the_best_model_of_the_metric_is_kept_and_reloads(
     assert not torch.allclose(best, script.vectors[5], atol=1e-3)
 
 
-def test_a_last_model_that_is_best_is_named_as_both(
+def test_a_last_model_that_is_best_is_named_as_best_and_replaces_the_one_before(
     encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(*OVERRIDES, "evaluation.every_steps=2", "evaluation.metric=mrr@10")
-    ours, _ = run_script(Script(0.1, 0.2, 0.3, 0.4), encoder, config, monkeypatch)
+    ours, best = run_script(Script(0.1, 0.2, 0.3, 0.4), encoder, config, monkeypatch)
     assert ours.result["best"] == {"model": ours.result["model"], "step": 5, "mrr@10": 0.4}
+    assert best is None, "what was best before is no longer"
 
 
 def test_without_evaluations_in_between_no_second_model_is_written(
