@@ -243,7 +243,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
             ["head=linear", "head.layers=[]"],
             "head.layers=[] with head.keep=none leaves no layer: add one, or set head.keep=all",
         ),
-        (["trainer.epochs=1"], "trainer.steps=90 and trainer.epochs=1.0: exactly one must be set"),
+        (["trainer.epochs=1"], "trainer.steps=110 and trainer.epochs=1.0: exactly one must be set"),
         (["seed=["], "seed=[ cannot be parsed: write key=value"),
         (["backbone=checkpoint"], "backbone.name has no value: set backbone.name=..."),
         (

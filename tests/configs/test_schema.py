@@ -53,7 +53,7 @@ def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: 
         ("optimizer.weight_decay=nan", r"^optimizer\.weight_decay=nan must be 0 or more, and finite$"),
         ("optimizer.betas=[0.9]", r"^optimizer\.betas=\[0\.9\] must be two numbers"),
         ("optimizer.warmup_fraction=2", r"^optimizer\.warmup_fraction=2\.0 must lie between 0 and 1$"),
-        ("trainer.epochs=1", r"^trainer\.steps=90 and trainer\.epochs=1\.0: exactly one must be set"),
+        ("trainer.epochs=1", r"^trainer\.steps=110 and trainer\.epochs=1\.0: exactly one must be set"),
         ("trainer.steps=null", r"^trainer\.steps=None and trainer\.epochs=None: exactly one must be set"),
         ("trainer.accumulation_steps=5", r"^trainer\.accumulation_steps=5 must divide trainer\.batch_size=32$"),
         ("trainer.batch_size=1", r"^trainer\.batch_size=1 in trainer\.accumulation_steps=1 leaves one query"),
