@@ -113,6 +113,6 @@ def run_command(
 def real_data() -> Path:
     """The folder of real data sets that LATEFORGE_DATA names."""
     folder = os.environ.get("LATEFORGE_DATA")
-    if folder is None or not Path(folder).is_dir():
+    if not folder or not Path(folder, "squad_sentences").is_dir():
         pytest.skip("LATEFORGE_DATA names no folder of real data sets")
     return Path(folder).resolve()

@@ -88,6 +88,7 @@ def test_a_checkpoint_keeps_its_own_skiplist_on_source_code_too(make_config: Mak
 
 
 def test_the_data_root_comes_from_the_environment(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LATEFORGE_DATA", raising=False)
     assert make_config().data.root == "data"
     monkeypatch.setenv("LATEFORGE_DATA", "elsewhere")
     assert make_config().data.root == "elsewhere"
