@@ -338,11 +338,11 @@ def test_a_missing_file_is_named_with_the_places_looked_at(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(json_lines(*EXAMPLES))
     paths: dict[str, Any] = {"path": str(tmp_path / "a.jsonl"), key: "none.jsonl"}
-    config = replace(make_config(tmp_path / "root", ""), **paths)
+    config = replace(make_config(tmp_path / "sets", ""), **paths)
     with pytest.raises(ConfigError) as caught:
         load_data(config)
     assert str(caught.value) == (
-        f"data.{key}=none.jsonl: there is no {tmp_path}/root/none.jsonl or none.jsonl: "
+        f"data.{key}=none.jsonl: there is no {tmp_path}/sets/none.jsonl or none.jsonl: "
         "give an existing file, or set data.root"
     )
 
