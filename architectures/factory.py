@@ -38,7 +38,8 @@ def build_encoder(backbone: BackboneConfig, head: HeadConfig) -> MultiVectorEnco
             source, device="cpu", revision=backbone.revision, model_kwargs=model_kwargs, config_kwargs=config_kwargs
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        problem = f"backbone.name={backbone.name} cannot be loaded ({str(error).strip().splitlines()[0]})"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = f"backbone.name={backbone.name} cannot be loaded ({reason})"
         raise ConfigError(f"{problem}: is the model complete, and of a kind that transformers knows?") from error
     transformer, mask = loaded[0], next(module for module in loaded if isinstance(module, MultiVectorMask))
     assert isinstance(transformer, Transformer), "the loader puts the backbone first"

@@ -167,7 +167,8 @@ def _checked_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         yield from readers[_ending(path)](path)
     except (OSError, EOFError, UnicodeError, zlib.error, csv.Error, pa.ArrowException) as error:
-        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read: {reason}") from error
 
 
 def _open(path: Path) -> TextIO:
