@@ -112,7 +112,7 @@ def train(
                 "train/loss": loss_value,
                 "train/learning_rate": learning_rate,
                 "train/gradient_norm": gradient_norm,
-                **_rates("train", counts),
+                **_prefixed("train", _rates(counts)),
                 "train/seconds": seconds,
             }
             progress.step(step, metrics, seconds_left=(steps - step) * totals["seconds"] / step)
@@ -122,18 +122,17 @@ def train(
                 metrics |= _prefixed("eval", after)
                 if after is not None:
                     progress.say(f"step {step}  {_one_line(after)}")
-                    # The last model is saved anyway: it is written as best too only once an earlier one was.
+                    # The last model is saved anyway: where it is the best, no earlier one is kept beside it.
                     if after[config.evaluation.metric.name] > best:
                         best, best_step = after[config.evaluation.metric.name], step
                         if step < steps:
                             folder.save_model(encoder, BEST)
-                        elif every is not None:
-                            folder.remove_model(BEST)  # the last is better
+                        else:
+                            folder.remove_model(BEST)
             folder.log(step, metrics)
             step_started = time.perf_counter()
 
     path = folder.save_model(accelerator.unwrap_model(model, keep_fp32_wrapper=False), MODEL)
-    rates = _rates("", totals)
     return {
         "model": str(path),
         "best": None
@@ -149,7 +148,7 @@ def train(
         "processes": accelerator.num_processes,
         "before": before,
         "after": after,
-        **rates,
+        **_rates(totals),
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
     }
 
@@ -175,19 +174,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _rates(prefix: str, counts: dict[str, float]) -> dict[str, float]:
-    return _prefixed(
-        prefix,
-        {
-            "queries_per_second": counts["queries"] / counts["seconds"],
-            "document_tokens_per_second": counts["tokens"] / counts["seconds"],
-            "padding_fraction": 1 - counts["tokens"] / counts["padded_tokens"],
-        },
-    )
+def _rates(counts: dict[str, float]) -> dict[str, float]:
+    return {
+        "queries_per_second": counts["queries"] / counts["seconds"],
+        "document_tokens_per_second": counts["tokens"] / counts["seconds"],
+        "padding_fraction": 1 - counts["tokens"] / counts["padded_tokens"],
+    }
 
 
 def _prefixed(prefix: str, metrics: dict[str, float] | None) -> dict[str, float]:
-    return {f"{prefix}/{name}" if prefix else name: value for name, value in (metrics or {}).items()}
+    return {f"{prefix}/{name}": value for name, value in (metrics or {}).items()}
 
 
 def _one_line(metrics: dict[str, float]) -> str:

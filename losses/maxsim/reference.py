@@ -9,7 +9,7 @@ Q queries, N documents, I query tokens, J document tokens, H embedding size; R r
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,16 @@ from torch.autograd.function import once_differentiable
 # Similarities held at once, 16 MiB in float32; on a CPU larger blocks leave the cache and are slower.
 BLOCK_ELEMENTS = 2**22
 
-Block = tuple[slice, slice]
+
+class Block(NamedTuple):
+    """Queries against documents, and where their results lie."""
+
+    queries: slice
+    documents: slice
+    scores: slice
+    """Rows of the scores (Q, N), of which candidates have one."""
+    winners: slice
+    """Columns of the winners (N, R)."""
 
 
 def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:
@@ -54,22 +63,18 @@ class _MaxSim(torch.autograd.Function):
             device=queries.device,
         )
         if document_tokens > 0:
-            for query_slice, document_slice in _blocks(
-                num_queries, num_documents, query_tokens, document_tokens, candidates
-            ):
-                rows = _rows(query_slice, query_tokens, candidates)
-                similarity_NJR = _similarity(
-                    queries[query_slice], documents[document_slice], document_mask[document_slice], dtype
-                )
+            for block in _blocks(num_queries, num_documents, query_tokens, document_tokens, candidates):
+                block_mask = document_mask[block.documents]
+                similarity_NJR = _similarity(queries[block.queries], documents[block.documents], block_mask, dtype)
                 if needs_winners:
-                    best_NR, winners[document_slice, rows] = similarity_NJR.max(dim=1)
+                    best_NR, winners[block.documents, block.winners] = similarity_NJR.max(dim=1)
                 else:
                     best_NR = similarity_NJR.amax(dim=1)
-                best_NQI = best_NR.view(best_NR.shape[0], query_slice.stop - query_slice.start, query_tokens)
-                best_NQI = torch.where(query_mask[query_slice], best_NQI, 0.0)
-                scored = document_mask[document_slice].any(dim=1)
-                target = query_slice if candidates is None else slice(0, 1)
-                scores_QN[target, document_slice] = torch.where(scored, best_NQI.sum(dim=2).T, 0.0)
+                best_NQI = best_NR.view(best_NR.shape[0], block.queries.stop - block.queries.start, query_tokens)
+                best_NQI = torch.where(query_mask[block.queries], best_NQI, 0.0)
+                scores_QN[block.scores, block.documents] = torch.where(
+                    block_mask.any(dim=1), best_NQI.sum(dim=2).T, 0.0
+                )
         ctx.save_for_backward(queries, documents, query_mask, document_mask, winners)
         ctx.candidates = candidates
         return scores_QN
@@ -85,24 +90,21 @@ class _MaxSim(torch.autograd.Function):
         query_gradient = torch.zeros(queries.shape, dtype=dtype, device=queries.device)
         document_gradient = torch.zeros(documents.shape, dtype=dtype, device=documents.device)
         if document_tokens > 0:
-            for query_slice, document_slice in _blocks(
-                num_queries, num_documents, query_tokens, document_tokens, candidates
-            ):
-                rows = _rows(query_slice, query_tokens, candidates)
-                target = query_slice if candidates is None else slice(0, 1)
-                scored = document_mask[document_slice].any(dim=1)
-                gradient_NQ = torch.where(scored, gradient_QN[target, document_slice], 0.0).T
-                weight_NR = (gradient_NQ.unsqueeze(2) * query_mask[query_slice]).flatten(1)
+            for block in _blocks(num_queries, num_documents, query_tokens, document_tokens, candidates):
+                scored = document_mask[block.documents].any(dim=1)
+                gradient_NQ = torch.where(scored, gradient_QN[block.scores, block.documents], 0.0).T
+                weight_NR = (gradient_NQ.unsqueeze(2) * query_mask[block.queries]).flatten(1)
                 # Each row has one winner, so every element is written once.
                 choice_NJR = torch.zeros(
                     weight_NR.shape[0], document_tokens, weight_NR.shape[1], dtype=dtype, device=queries.device
                 )
-                choice_NJR.scatter_(1, winners[document_slice, rows].long().unsqueeze(1), weight_NR.unsqueeze(1))
-                queries_RH = queries[query_slice].flatten(0, 1).to(dtype)
+                block_winners = winners[block.documents, block.winners].long()
+                choice_NJR.scatter_(1, block_winners.unsqueeze(1), weight_NR.unsqueeze(1))
+                queries_RH = queries[block.queries].flatten(0, 1).to(dtype)
                 with torch.autocast(queries.device.type, enabled=False):
-                    document_gradient[document_slice] += choice_NJR @ queries_RH
-                    flat_gradient = choice_NJR.flatten(0, 1).T @ documents[document_slice].flatten(0, 1).to(dtype)
-                query_gradient[query_slice] += flat_gradient.view_as(queries[query_slice])
+                    document_gradient[block.documents] += choice_NJR @ queries_RH
+                    flat_gradient = choice_NJR.flatten(0, 1).T @ documents[block.documents].flatten(0, 1).to(dtype)
+                query_gradient[block.queries] += flat_gradient.view_as(queries[block.queries])
         return query_gradient.to(queries.dtype), document_gradient.to(documents.dtype), None, None, None
 
 
@@ -123,21 +125,15 @@ def _blocks(
     if candidates is not None:
         step = max(1, BLOCK_ELEMENTS // pair)
         for query in range(queries):
-            for start in range(query * candidates, (query + 1) * candidates, step):
-                yield slice(query, query + 1), slice(start, min(start + step, (query + 1) * candidates))
+            end = (query + 1) * candidates
+            for start in range(query * candidates, end, step):
+                own = slice(start, min(start + step, end))
+                yield Block(slice(query, query + 1), own, scores=slice(0, 1), winners=slice(0, query_tokens))
         return
     query_step = max(1, min(queries, BLOCK_ELEMENTS // pair))
     document_step = max(1, BLOCK_ELEMENTS // (pair * query_step))
     for query in range(0, queries, query_step):
+        some = slice(query, min(query + query_step, queries))
+        rows = slice(some.start * query_tokens, some.stop * query_tokens)
         for document in range(0, documents, document_step):
-            yield (
-                slice(query, min(query + query_step, queries)),
-                slice(document, min(document + document_step, documents)),
-            )
-
-
-def _rows(query_slice: slice, query_tokens: int, candidates: int | None) -> slice:
-    """Where the winners of a block's queries lie among the winners of one document."""
-    if candidates is not None:
-        return slice(0, query_tokens)
-    return slice(query_slice.start * query_tokens, query_slice.stop * query_tokens)
+            yield Block(some, slice(document, min(document + document_step, documents)), scores=some, winners=rows)
