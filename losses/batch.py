@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedBatch:
-    """Q queries, N documents, I query tokens, J document tokens, H embedding size."""
+    """What one process encodes: Q queries, N documents, I query tokens, J document tokens, H embedding size."""
 
     queries: Tensor
     """(Q, I, H)"""

@@ -1,4 +1,4 @@
-"""Contrastive loss with in-batch and explicit negatives."""
+"""Contrastive loss with in-batch and explicit negatives, those of all processes included."""
 
 from dataclasses import dataclass
 
@@ -6,17 +6,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.batch import EncodedBatch
+from losses.gather import gather_texts
 from losses.maxsim import maxsim
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss:
-    """Mean cross-entropy of each query's positive among all documents of the batch (InfoNCE; van den Oord et al. 2018,
-    equation 4, with MaxSim as the score)."""
+    """Mean cross-entropy of each query's positive among the documents of all processes (InfoNCE; van den Oord et al.
+    2018, equation 4, with MaxSim as the score)."""
 
     temperature: float
 
     def __call__(self, batch: EncodedBatch) -> Tensor:
-        """Return the loss in nats, a float32 scalar."""
-        scores_QN = maxsim(batch.queries, batch.documents, batch.query_mask, batch.document_mask)
-        return F.cross_entropy(scores_QN / self.temperature, batch.positive_index)
+        """Return the mean over the batch's own queries in nats, a float32 scalar."""
+        documents, document_mask, first = gather_texts(batch.documents, batch.document_mask)
+        scores_QN = maxsim(batch.queries, documents, batch.query_mask, document_mask)
+        return F.cross_entropy(scores_QN / self.temperature, first + batch.positive_index)
