@@ -1,5 +1,6 @@
 """The order of the examples, the micro-batches of a step, and how texts become chunks of tokens."""
 
+import math
 import random
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,7 +11,7 @@ from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 
-from trainer.data.batches import StepBatches, TokenizedTexts, tokenize
+from trainer.data.batches import Batch, StepBatches, TokenizedTexts, tokenize
 
 TEXTS = ["the dog barks.", "what", "a cat meows, that swims", "fish", "is it the animal", "a", "which cat is a dog?"]
 
@@ -38,6 +39,8 @@ def make_batches(
     batch_size: int = 4,
     accumulation_steps: int = 1,
     seed: int = 1,
+    process: int = 0,
+    processes: int = 1,
 ) -> StepBatches:
     return StepBatches(
         make_examples(examples),
@@ -46,6 +49,8 @@ def make_batches(
         accumulation_steps=accumulation_steps,
         chunk_tokens=20,
         seed=seed,
+        process=process,
+        processes=processes,
     )
 
 
@@ -172,6 +177,94 @@ def test_documents_are_the_positives_in_the_order_of_the_queries_then_all_negati
 def test_a_micro_batch_has_the_negatives_of_its_own_queries_only(encoder: MultiVectorEncoder) -> None:
     for batch in make_batches(encoder, batch_size=6, accumulation_steps=2)[0]:
         assert len(batch.documents.restore) == len(batch.rows) + sum(row % 3 for row in batch.rows)
+
+
+# Processes
+
+
+def batches_of_all(
+    encoder: MultiVectorEncoder, step: int, *, accumulation_steps: int, processes: int, examples: int, batch_size: int
+) -> list[list[Batch]]:
+    """The micro-batches of a step, each as what every process has of it."""
+    by_process = [
+        make_batches(
+            encoder,
+            examples=examples,
+            batch_size=batch_size,
+            accumulation_steps=accumulation_steps,
+            process=process,
+            processes=processes,
+        )[step]
+        for process in range(processes)
+    ]
+    return [list(parts) for parts in zip(*by_process, strict=True)]
+
+
+# 25 examples are two steps of 12 and 13, and neither number can be cut evenly by all of 2, 3 and 4.
+SPLIT = {"examples": 25, "batch_size": 14}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
+def test_the_processes_have_the_rows_of_a_step_in_order_and_those_of_an_epoch_once(
+    accumulation_steps: int, processes: int, encoder: MultiVectorEncoder
+) -> None:
+    whole, epoch = make_batches(encoder, **SPLIT), []
+    for step in range(whole.steps_per_epoch):
+        micro_batches = batches_of_all(
+            encoder, step, accumulation_steps=accumulation_steps, processes=processes, **SPLIT
+        )
+        rows = [row for parts in micro_batches for batch in parts for row in batch.rows]
+        assert rows == whole.rows(step)
+        epoch += rows
+    assert sorted(epoch) == list(range(25))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
+def test_the_number_of_processes_changes_no_micro_batch(
+    accumulation_steps: int, processes: int, encoder: MultiVectorEncoder
+) -> None:
+    for step in range(2):
+        one, several = (
+            batches_of_all(encoder, step, accumulation_steps=accumulation_steps, processes=count, **SPLIT)
+            for count in (1, processes)
+        )
+        assert [[row for batch in parts for row in batch.rows] for parts in several] == [batch.rows for [batch] in one]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
+def test_shares_are_the_queries_of_a_process_over_those_of_the_step_and_sum_to_one(
+    accumulation_steps: int, processes: int, encoder: MultiVectorEncoder
+) -> None:
+    for step, queries in enumerate([12, 13]):
+        micro_batches = batches_of_all(
+            encoder, step, accumulation_steps=accumulation_steps, processes=processes, **SPLIT
+        )
+        shares = [batch.share for parts in micro_batches for batch in parts]
+        assert shares == [len(batch.rows) / queries for parts in micro_batches for batch in parts]
+        assert math.fsum(shares) == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_queries_of_two_processes_differ_by_one_at_most(processes: int, encoder: MultiVectorEncoder) -> None:
+    for step in range(2):
+        for parts in batches_of_all(encoder, step, accumulation_steps=3, processes=processes, **SPLIT):
+            sizes = [len(batch.rows) for batch in parts]
+            assert max(sizes) - min(sizes) <= 1
+            assert min(sizes) >= 1
+
+
+def test_a_process_has_the_texts_of_its_own_rows_and_no_others(encoder: MultiVectorEncoder) -> None:
+    examples = make_examples(25)
+    [parts] = batches_of_all(encoder, 1, accumulation_steps=1, processes=3, **SPLIT)
+    assert [len(batch.rows) for batch in parts] == [4, 4, 5]
+    for batch in parts:
+        own = examples[batch.rows]
+        documents = own["positive"] + [text for negatives in own["negatives"] for text in negatives]
+        assert restored_tokens(batch.queries) == expected_tokens(encoder, own["query"], "query")
+        assert restored_tokens(batch.documents) == expected_tokens(encoder, documents, "document")
 
 
 # Chunks

@@ -1,12 +1,21 @@
 """Rankings against brute force over the library's own calls; metrics against hand-computed values."""
 
+import json
+import os
 import random
+from dataclasses import replace
 from math import log2
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
+from torch.multiprocessing.spawn import spawn
 
+from losses.maxsim import maxsim
 from tests.conftest import WORDS
 from trainer import evaluation
 from trainer.data.retrieval import RetrievalSet
@@ -76,6 +85,62 @@ def test_dropout_does_not_touch_a_ranking(encoder: MultiVectorEncoder) -> None:
     retrieval = make_retrieval(10)
     encoder.train()
     assert rank(encoder, retrieval, batch_size=2) == rank(encoder, retrieval, batch_size=2)
+
+
+# Processes
+
+
+def test_each_of_several_processes_gets_the_rankings_of_one(
+    encoder: MultiVectorEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder.save_pretrained(str(tmp_path / "model"))
+    spawn(rank_as_process, args=(2, tmp_path), nprocs=2)
+
+    lay_out_for_processes(monkeypatch)
+    for number, retrieval in enumerate(retrievals_of_processes()):
+        expected = rank(encoder, retrieval, batch_size=4)
+        whole = brute_force(encoder, retrieval)
+        for process in range(2):
+            rankings = json.loads((tmp_path / f"{process}.json").read_text())[number]
+            assert list(rankings) == list(retrieval.queries)
+            for query, ranking in rankings.items():
+                assert list(ranking) == list(expected[query])
+                scores = {name: score - 9 for name, score in whole[query].items()}
+                assert ranking == pytest.approx({name: scores[name] for name in ranking}, abs=SCORE)
+                best = sorted(scores.values(), reverse=True)[:3]
+                assert list(ranking.values()) == pytest.approx(best, abs=SCORE)
+
+
+def lay_out_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "DEPTH", 3)
+    # Less than a process has of the largest corpus.
+    monkeypatch.setattr(evaluation, "BLOCK_DOCUMENTS", 7)
+    # Below 0, where a document that a process lacks would win by a score of 0.
+    monkeypatch.setattr(evaluation, "maxsim", lambda *arguments: maxsim(*arguments) - 9)
+
+
+def retrievals_of_processes() -> list[RetrievalSet]:
+    """Sets of which every process has several documents, one of them a document less, or one of them none; and one
+    query, which leaves a process without."""
+    sets = [make_retrieval(documents) for documents in (30, 5, 1)]
+    return [*sets, replace(sets[0], queries={"q0": sets[0].queries["q0"]})]
+
+
+def rank_as_process(process: int, processes: int, folder: Path) -> None:
+    """What one of several processes does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=process, world_size=processes)
+    # As launchers say it.
+    os.environ |= {"RANK": str(process), "LOCAL_RANK": str(process)}
+    os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    assert PartialState(cpu=True).num_processes == processes
+    lay_out_for_processes(pytest.MonkeyPatch())
+    encoder = MultiVectorEncoder(str(folder / "model"), device="cpu")
+    rankings = [rank(encoder, retrieval, batch_size=4) for retrieval in retrievals_of_processes()]
+    (folder / f"{process}.json").write_text(json.dumps(rankings))
+    # Whoever ends first would take the connection from the others.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 # Metrics

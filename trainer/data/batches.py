@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class TokenizedTexts:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: its queries meet its documents and no others."""
+    """What one process has of a micro-batch, whose queries meet its documents, on whatever process, and no others."""
 
     queries: TokenizedTexts
     documents: TokenizedTexts
@@ -37,14 +36,15 @@ class Batch:
     rows: list[int]
     """Which training examples these are."""
     share: float
-    """Queries of this micro-batch over those of the optimiser step: the weight of its mean loss."""
+    """These queries over those of the optimiser step, on all processes: the weight of their mean loss."""
 
 
 class StepBatches(torch.utils.data.Dataset[list[Batch]]):
-    """The micro-batches of each optimiser step, by step from 0.
+    """What one process has of the micro-batches of each optimiser step, by step from 0.
 
     An epoch is a permutation of all examples, cut into steps of sizes that differ by one at most: none is lost or
-    repeated, and no last step is left with a query and nothing to tell its document from.
+    repeated, and no last step is left with a query and nothing to tell its document from. A step is cut into
+    micro-batches, and a micro-batch into processes, in the same way: the number of processes changes no micro-batch.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
         accumulation_steps: int,
         chunk_tokens: int,
         seed: int,
+        process: int = 0,
+        processes: int = 1,
     ) -> None:
         self.examples = examples
         self.encoder = encoder
@@ -63,19 +65,21 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
         self.accumulation_steps = accumulation_steps
         self.chunk_tokens = chunk_tokens
         self.seed = seed
+        self.process = process
+        self.processes = processes
         self.steps_per_epoch = count_steps_per_epoch(len(examples), batch_size)
 
     def __getitem__(self, step: int) -> list[Batch]:
         rows = self.rows(step)
-        cuts = [len(rows) * part // self.accumulation_steps for part in range(self.accumulation_steps + 1)]
-        parts = [rows[start:stop] for start, stop in pairwise(cuts) if start < stop]
-        return [self._batch(part, share=len(part) / len(rows)) for part in parts]
+        micro_batches = [part for part in cut(rows, self.accumulation_steps) if part]
+        own = [cut(micro_batch, self.processes)[self.process] for micro_batch in micro_batches]
+        return [self._batch(part, share=len(part) / len(rows)) for part in own]
 
     def rows(self, step: int) -> list[int]:
         """Rows of the examples of a step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.seed, epoch, len(self.examples))
-        start, stop = (len(order) * part // self.steps_per_epoch for part in (step_in_epoch, step_in_epoch + 1))
+        start, stop = bounds(len(order), step_in_epoch, self.steps_per_epoch)
         return order[start:stop].tolist()
 
     def _batch(self, rows: list[int], *, share: float) -> Batch:
@@ -92,6 +96,16 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
 def count_steps_per_epoch(examples: int, batch_size: int) -> int:
     """Optimiser steps that take every example once, none with more than batch_size."""
     return math.ceil(examples / batch_size)
+
+
+def bounds(items: int, part: int, parts: int) -> tuple[int, int]:
+    """Where one part begins and ends when items are cut evenly: sizes differ by one at most."""
+    return items * part // parts, items * (part + 1) // parts
+
+
+def cut(rows: list[int], parts: int) -> list[list[int]]:
+    """Rows in order, cut evenly."""
+    return [rows[slice(*bounds(len(rows), part, parts))] for part in range(parts)]
 
 
 @lru_cache(maxsize=1)
