@@ -4,38 +4,54 @@
 slow to import waits until the config has been checked.
 """
 
+import hashlib
 import logging
 import os
+import signal
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 # Hydra would print its own lines and exit; with this it raises, and one line of ours answers.
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from configs.reference import explain_composition, help_text
-from configs.schema import Config, ConfigError, parse_config
+from configs.schema import Config, ConfigError, TrackerName, assignment, changed_keys, parse_config
 
-CONFIGS = Path(__file__).parent / "configs"
+TRAIN = Path(__file__).resolve()
+CONFIGS = TRAIN.parent / "configs"
 ConfigStore.instance().store("schema", Config)
+# What asks for a sweep, and what only shows what Hydra would do.
+SWEEP, SHOW = {"-m", "--multirun", "hydra.mode=MULTIRUN"}, {"--cfg", "-c", "--info", "-i"}
+# What a resumed run may have otherwise than before; the last two are no part of what it computes.
+MAY_CHANGE = ("trainer.steps", "trainer.epochs", "data.path", "tracker.", "output_dir", "overwrite")
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line. The status is 0, 1 for a run that failed, or 2 for a mistake in what was asked."""
+    """Run the command line. The status is 0, 1 for a run that failed, 2 for a mistake in what was asked, or 128 plus
+    the signal that stopped it."""
     if {"--help", "-h"} & set(arguments):
         print(help_text(CONFIGS))
         return 0
     try:
-        rerun = [argument for argument in arguments if argument.startswith("rerun=")]
-        if rerun:
-            return run(parse_config(compose_rerun(rerun, arguments)))
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(_task)()
+        if any(argument.startswith(("rerun=", "resume=")) for argument in arguments):
+            return run_saved(arguments)
+        if SWEEP & set(arguments) and not SHOW & set(arguments):
+            return run_sweep(arguments)
+        _hydra(arguments)
     except ConfigError as error:
         return _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -49,11 +65,19 @@ def main(arguments: list[str]) -> int:
         return _fail(f"a config file is no YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     return 0
 
 
-def _task(composed: DictConfig) -> None:
+def _hydra(arguments: list[str]) -> None:
+    sys.argv[1:] = arguments
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(_task)()
+
+
+def _task(composed: DictConfig) -> float | None:
+    settings = HydraConfig.get()
+    if settings.mode is RunMode.MULTIRUN:
+        return _job(composed, list(settings.overrides.task), settings.job.num, Path(settings.sweep.dir))
     # SystemExit passes through Hydra, which prints a page about any other exception.
     try:
         status = run(parse_config(composed))
@@ -61,28 +85,133 @@ def _task(composed: DictConfig) -> None:
         status = _fail(str(error))
     if status:
         raise SystemExit(status)
+    return None
 
 
-def compose_rerun(rerun: list[str], arguments: list[str]) -> DictConfig:
-    """The saved config of a run, with the overrides of this one. Hydra makes no folder here."""
-    folder = Path(rerun[-1].removeprefix("rerun="))
+def _job(composed: DictConfig, overrides: list[str], number: int, sweep: Path) -> float:
+    """One job of a sweep, wherever the launcher has put it."""
+    from trainer.sweep import Job, report, run_job
+
+    try:
+        config = parse_config(composed)
+    except ConfigError as error:
+        report(sweep, Job(number, str(composed.name), overrides, error=str(error)))
+        return float("nan")
+    return run_job(TRAIN, config, overrides, number=number, sweep=sweep)
+
+
+def run_sweep(arguments: list[str]) -> int:
+    """Run every combination as a process of its own, and end in a table. Typed again, it does what is left."""
+    from trainer.console import make_console
+    from trainer.sweep import claim, summarise
+
+    if {"RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
+        raise ConfigError(
+            "-m under a launcher would start every job in each of its processes: python train.py -m ... "
+            "sweep.launch='accelerate launch --num_processes 4' launches each job by itself"
+        )
+    folder, own = sweep_folder(arguments)
+    received = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    # A scheduler's TERM ends the sweep as Ctrl-C does: the job that runs here saves first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    with claim(folder):
+        try:
+            _hydra([*arguments, *own])
+        except KeyboardInterrupt:
+            received = received or [signal.SIGINT]
+        finally:
+            (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of what every job's config.yaml says
+        jobs = summarise(folder, make_console())
+    unfinished = [job for job in jobs if not job.state.startswith("finished")]
+    if unfinished:
+        print(f"{len(unfinished)} of {len(jobs)} jobs did not finish; the same command goes on", file=sys.stderr)
+    if received:
+        print("interrupted; the same command goes on with what is left", file=sys.stderr)
+        return 128 + received[0]
+    if len(unfinished) == len(jobs):
+        errors = [job.error for job in unfinished if job.error]
+        return _fail(errors[0] if errors else "there is no job to run, or each was stopped", status=1)
+    return 0
+
+
+def sweep_folder(arguments: list[str]) -> tuple[Path, list[str]]:
+    """The folder of a sweep, and what tells Hydra of it: hydra.sweep.dir, or a name that the same overrides give."""
+    overrides = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
+    named, swept, typed = None, [], []
+    for override in overrides:
+        key = override.key_or_group
+        if key in ("output_dir", "overwrite"):
+            raise ConfigError(
+                f"{override.input_line}: each job of a sweep has its folder in hydra.sweep.dir: name another one with "
+                "hydra.sweep.dir=..., which is a new sweep"
+            )
+        if key == "hydra.sweep.dir":
+            named = str(override.value())
+        if override.is_sweep_override():
+            swept.append(key.split(".")[-1])
+        if not key.startswith(("hydra", "sweep.", "tracker")):
+            typed.append(str(override.input_line))
+    if named is not None:
+        if "$" in named:
+            raise ConfigError(f"hydra.sweep.dir={named}: write the folder out: typed again, the sweep must find it")
+        return Path(named), []
+    digest = hashlib.sha256("\n".join(sorted(typed)).encode()).hexdigest()[:8]
+    folder = Path("outputs", "sweeps", "-".join([*swept[:4], digest]))
+    return folder, [f"hydra.sweep.dir={folder}"]
+
+
+def run_saved(arguments: list[str]) -> int:
+    """`rerun=<folder>` repeats a run, `resume=<folder>` goes on with it; Hydra makes no folder here."""
+    chosen = [argument for argument in arguments if argument.startswith(("rerun=", "resume="))]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' '.join(chosen)}: give one folder, to repeat its run or to go on with it")
+    verb, _, name = chosen[0].partition("=")
+    folder = Path(name)
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"rerun={folder}: the folder has no config.yaml: give the output folder of a run")
-    overrides = [argument for argument in arguments if argument not in rerun]
+        raise ConfigError(f"{verb}={folder}: the folder has no config.yaml: give the output folder of a run")
+    overrides = [argument for argument in arguments if argument not in chosen]
     if flags := [argument for argument in overrides if argument.startswith("-")]:
-        raise ConfigError(f"rerun={folder} repeats one run and takes key=value only, not {' '.join(flags)}")
+        raise ConfigError(f"{verb}={folder} takes key=value only, not {' '.join(flags)}")
+    # The folder may have been moved, and a run that is repeated is another one to its tracker.
+    own = [assignment("output_dir", str(folder))] if verb == "resume" else ["tracker.id=null"]
     with hydra.initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-        return hydra.compose("config", overrides)
+        saved = parse_config(hydra.compose("config"))
+        config = parse_config(hydra.compose("config", [*own, *overrides]))
+    if verb == "rerun":
+        return run(config)
+    changes = changed_keys(saved, config)
+    if config.output_dir != str(folder):
+        raise ConfigError(f"output_dir={config.output_dir}: resume={folder} goes on in its own folder: leave it out")
+    if refused := [key for key in changes if not key.startswith(MAY_CHANGE)]:
+        raise ConfigError(
+            f"resume={folder} cannot change {', '.join(f'{key}={changes[key][1]}' for key in refused)}: only "
+            f"trainer.steps, trainer.epochs, data.path and the tracker may differ; rerun={folder} repeats it otherwise"
+        )
+    listed = [f"{key}: {old} -> {new}" for key, (old, new) in changes.items() if key not in ("output_dir", "overwrite")]
+    return run(config, resume=True, changes=listed)
 
 
-def run(config: Config) -> int:
-    """Check, build, train, report; what is slow to import comes after the checks that do not need it."""
+def run(config: Config, *, resume: bool = False, changes: list[str] | None = None) -> int:
+    """Check, build, train, report; what is slow to import comes after the checks that do not need it.
+
+    resume: go on with the run in output_dir; changes: what it now has otherwise, a line each.
+    """
     from architectures.weights import locate_backbone
     from trainer.run_folder import RunFolder
+    from trainer.tracker import Tracker, check_tracker, new_id
 
-    folder = RunFolder(config)
+    if config.tracker.name is not TrackerName.none and config.tracker.id is None:
+        config = replace(config, tracker=replace(config.tracker, id=new_id()))
+    folder = RunFolder(config, resume=resume)
     folder.check()
     locate_backbone(config.backbone)
+    check_tracker(config)
 
     import datasets
 
@@ -97,38 +226,65 @@ def run(config: Config) -> int:
 
     from architectures.factory import build_encoder
     from losses import build_loss
-    from trainer.display import make_console, print_end, print_start
-    from trainer.loop import TrainingError, train
-    from trainer.plan import build_accelerator, check_batch, choose_maxsim, describe_run
+    from trainer.console import make_console
+    from trainer.display import print_end, print_start
+    from trainer.loop import Stopped, TrainingError, count_steps, train
+    from trainer.plan import build_accelerator, check_batch, check_steps, choose_maxsim, describe_run
 
     # What these warn of, such as queries that are cut, the start-up table says in figures.
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    check_batch(config, len(data.train))
     backend = choose_maxsim(config)
     accelerator = build_accelerator(config)
-    set_seed(config.seed)
-    encoder = build_encoder(config.backbone, config.head)
-    console = make_console()
-    print_start(console, encoder, describe_run(config, data, encoder, accelerator, backend))
-    folder.create()
+    main_process = accelerator.is_main_process
     try:
-        result = train(
-            accelerator, encoder, loss=build_loss(config.loss), data=data, config=config, folder=folder, console=console
-        )
+        check_batch(config, len(data.train), accelerator.num_processes)
+        check_steps(count_steps(config, len(data.train)), folder.saved_step() if resume else 0)
+        set_seed(config.seed)
+        encoder = build_encoder(config.backbone, config.head)
+        console = make_console(main=main_process)
+        print_start(console, encoder, describe_run(config, data, encoder, accelerator, backend))
+        for change in changes or []:
+            console.print(f"changed  {change}")
+        if resume and not folder.saved_step():
+            console.print("no checkpoint was saved: the run starts again at its first step")
+        folder.open(main=main_process)
+        accelerator.wait_for_everyone()  # the others look for checkpoints, and an old run's are gone now
+        with Tracker(config, main=main_process, say=console.print) as tracker:
+            if where := tracker.where():
+                console.print(f"tracker  {where}")
+            result = train(
+                accelerator,
+                encoder,
+                loss=build_loss(config.loss),
+                data=data,
+                config=config,
+                folder=folder,
+                tracker=tracker,
+                console=console,
+            )
+            result["maxsim"] = backend
+            folder.write_result(result)
+            tracker.finish(result)
+        print_end(console, result)
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    result["maxsim"] = backend
-    folder.write_result(result)
-    print_end(console, result)
+        return _fail(str(error), status=1)
+    except Stopped as stop:
+        if main_process:
+            print(stop, file=sys.stderr)
+        return 128 + stop.signal
+    finally:
+        accelerator.end_training()
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, *, status: int = 2) -> int:
+    # Of several processes of a machine, all of which find most mistakes, the first says them and the launcher ends all.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(30)
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

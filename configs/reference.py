@@ -16,7 +16,11 @@ EXAMPLES = (
     ("python train.py data=pairs data.path=mine.jsonl trainer.steps=null trainer.epochs=1", "your own pairs"),
     ("python train.py backbone=modernbert_base trainer=gpu data=pairs data.path=mine.jsonl", "a Hub model on a GPU"),
     ("python train.py rerun=outputs/quickstart output_dir=outputs/again", "the same run once more"),
+    ("python train.py resume=outputs/quickstart", "a run that was stopped or killed goes on"),
+    ("python train.py -m head=linear,mlp,mlp_residual seed=1,2,3", "a sweep; typed again, it does what is left"),
 )
+# What follows from backbone and data, and what `accelerate launch` reads.
+NO_GROUPS = ("pairing", "accelerate")
 
 
 def help_text(configs: Path) -> str:
@@ -40,7 +44,7 @@ def groups(configs: Path) -> dict[str, dict[str, str]]:
     return {
         folder.name: {member.stem: first_comment(member) for member in sorted(folder.glob("*.yaml"))}
         for folder in sorted(configs.iterdir())
-        if any(folder.glob("*.yaml")) and folder.name != "pairing"  # follows from backbone and data
+        if any(folder.glob("*.yaml")) and folder.name not in NO_GROUPS
     }
 
 

@@ -85,6 +85,11 @@ class MaxSimBackend(Enum):
     reference = "reference"
 
 
+class TrackerName(Enum):
+    none = "none"
+    wandb = "wandb"
+
+
 # Metrics by the name that users read; the values are the names of ir-measures.
 Metric = Enum("Metric", {"ndcg@10": "nDCG@10", "mrr@10": "RR@10", "map": "AP", "recall@100": "R@100"})
 
@@ -228,6 +233,10 @@ class TrainerConfig:
     """Texts of a batch are sorted by length and encoded in chunks of at most this many tokens, padding included."""
     log_every_steps: int
     """Steps between two lines where there is no terminal to draw a progress bar on."""
+    save_every_steps: int | None
+    """Steps between two checkpoints, from which `resume=` goes on; null saves one at Ctrl-C and TERM only."""
+    keep_checkpoints: int
+    """Newest checkpoints that are kept; a finished run keeps none."""
 
 
 @dataclass
@@ -240,6 +249,30 @@ class EvaluationConfig:
     """Metric that decides which model is best: ndcg@10, mrr@10, map or recall@100."""
     batch_size: int
     """Texts encoded at once."""
+
+
+@dataclass
+class TrackerConfig:
+    """Where the metrics are shown while the run goes on."""
+
+    name: TrackerName
+    """Tracker."""
+    project: str
+    """Project that the run belongs to."""
+    entity: str | None
+    """User or team that the project belongs to; null is the tracker's default."""
+    group: str | None
+    """Runs that are shown together; null is none, and in a sweep the sweep's folder."""
+    id: str | None
+    """Id of the run at the tracker, which a resumed run keeps; null draws one."""
+
+
+@dataclass
+class SweepConfig:
+    """How the jobs of `-m` run."""
+
+    launch: str | None
+    """What starts train.py in each job, such as `accelerate launch --num_processes 4`; null is this Python."""
 
 
 @dataclass
@@ -261,6 +294,8 @@ class Config:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     evaluation: EvaluationConfig
+    tracker: TrackerConfig
+    sweep: SweepConfig
 
 
 def parse_config(composed: DictConfig) -> Config:
@@ -283,6 +318,33 @@ def parse_config(composed: DictConfig) -> Config:
 def save_config(config: Config, path: str) -> None:
     """Write every key with its value as YAML that `rerun=` reads back."""
     OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Every key with its value, as JSON takes them."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def assignment(key: str, text: str) -> str:
+    """The override that gives a key this text, whatever quotes and signs it holds."""
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Value in the one and in the other by dotted key, where they differ; a list counts as a whole."""
+    values = [dict(_leaves(as_dict(config))) for config in (old, new)]
+    return {key: (value, values[1][key]) for key, value in values[0].items() if values[1][key] != value}
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def explain(error: OmegaConfBaseException) -> str:
@@ -341,6 +403,8 @@ def _problems(config: Config) -> Iterator[str]:
         ("trainer.max_gradient_norm", config.trainer.max_gradient_norm),
         ("trainer.chunk_tokens", config.trainer.chunk_tokens),
         ("trainer.log_every_steps", config.trainer.log_every_steps),
+        ("trainer.save_every_steps", config.trainer.save_every_steps),
+        ("trainer.keep_checkpoints", config.trainer.keep_checkpoints),
         ("evaluation.every_steps", config.evaluation.every_steps),
         ("evaluation.batch_size", config.evaluation.batch_size),
     )

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -91,14 +91,15 @@ def run_command(
     cwd: Path = ROOT,
     timeout: float = 300,
     before: Callable[[], None] | None = None,
+    program: Sequence[str] = (sys.executable, str(ROOT / "train.py")),
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Type `python train.py ...`, with the library's network switched off and one thread, since models are tiny.
 
-    before: called in the new process before Python starts.
+    before: called in the new process before Python starts; program: what is typed before the arguments.
     """
     return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+        [*program, *arguments],
         cwd=cwd,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,

@@ -159,14 +159,6 @@ def test_training_goes_on_from_a_saved_model_with_its_own_settings(tiny_run: lis
     assert results[0]["after"] == results[1]["before"]
 
 
-def test_a_sweep_on_the_command_line_leaves_a_run_for_each_job(tiny_run: list[str], tmp_path: Path) -> None:
-    arguments = [argument for argument in tiny_run if not argument.startswith(("name=", "output_dir="))]
-    done = run_command("-m", *arguments, "head=linear,mlp", "trainer.steps=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    runs = {path.name for path in (tmp_path / "outputs").iterdir() if (path / "result.json").exists()}
-    assert runs == {"minilm-linear-pairs-1", "minilm-mlp-pairs-1"}
-
-
 # --- what a person sees ---
 
 
@@ -225,6 +217,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["head=null"], "head=null: a group takes the name of a member"),
         (["head=linear,mlp"], "head=linear,mlp lists several values: python train.py -m head=linear,mlp runs them"),
         (["trainer.steps=abc"], "trainer.steps=abc must be of type integer"),
+        (["tracker.name=tensorboard"], "tracker.name=tensorboard must be one of none, wandb"),
         (["trainer.precision=int8"], "trainer.precision=int8 must be one of float32, bf16, fp16"),
         (
             ["head=linear", "head.layers.0.out_features=wide"],
@@ -256,6 +249,8 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         ([f"backbone.sha256={'0' * 64}"], f"backbone.sha256={'0' * 64}: "),
         (["trainer.maxsim=cuda"], "trainer.maxsim=cuda: this version has no CUDA kernel; use maxsim=auto"),
         (["rerun=no/such/run"], "rerun=no/such/run: the folder has no config.yaml"),
+        (["resume=no/such/run"], "resume=no/such/run: the folder has no config.yaml"),
+        (["rerun=a", "resume=b"], "rerun=a resume=b: give one folder, to repeat its run or to go on with it"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -329,7 +324,7 @@ def test_a_full_disk_while_saving_leaves_no_half_written_model(tiny_run: list[st
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: output_dir={tmp_path}/run: model cannot be written (")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.yaml", "metrics.jsonl"}
 
 
 def test_half_precision_that_needs_a_gpu_says_so(tiny_run: list[str]) -> None:

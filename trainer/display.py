@@ -12,12 +12,6 @@ from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from torch import nn
 
 
-def make_console() -> Console:
-    """A console that prints texts as they are: a `[Q]` in them is no markup. Without a terminal, lines may be long."""
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(markup=False, highlight=False, soft_wrap=True, width=140)
-
-
 def print_start(console: Console, encoder: MultiVectorEncoder, facts: dict[str, str]) -> None:
     """Print the modules with their widths and parameters, then the facts of the run, one a line."""
     modules = Table(box=None, pad_edge=False, header_style="bold")

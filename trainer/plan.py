@@ -1,9 +1,12 @@
 """What a run will do, in global terms, checked before any weight is loaded and shown before the first step."""
 
+import os
 import statistics
+import warnings
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 
@@ -17,12 +20,28 @@ from trainer.loop import count_steps
 SAMPLE = 512
 
 
-def check_batch(config: Config, examples: int) -> None:
-    """Raise ConfigError where the training examples do not fill one batch."""
-    if config.trainer.batch_size > examples:
+def check_batch(config: Config, examples: int, processes: int) -> None:
+    """Raise ConfigError where the training examples do not fill one batch, or a micro-batch not every process."""
+    trainer = config.trainer
+    if trainer.batch_size > examples:
         raise ConfigError(
-            f"trainer.batch_size={config.trainer.batch_size} is larger than the {examples} training examples: "
+            f"trainer.batch_size={trainer.batch_size} is larger than the {examples} training examples: "
             f"set {examples} or less"
+        )
+    smallest = examples // count_steps_per_epoch(examples, trainer.batch_size) // trainer.accumulation_steps
+    if smallest < processes:
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} in trainer.accumulation_steps={trainer.accumulation_steps} "
+            f"leaves a micro-batch with {smallest} of its queries, fewer than the {processes} processes: "
+            "raise trainer.batch_size or start fewer processes"
+        )
+
+
+def check_steps(steps: int, done: int) -> None:
+    """Raise ConfigError where a resumed run has nothing left to do."""
+    if steps <= done:
+        raise ConfigError(
+            f"trainer.steps={steps}: the run has done {done} steps: set more, or more trainer.epochs, to go on"
         )
 
 
@@ -35,12 +54,37 @@ def choose_maxsim(config: Config) -> str:
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """Return the accelerator for the precision asked for, on the device that it finds."""
+    """Return the accelerator for the precision asked for, on the devices and processes that it finds.
+
+    Raises ConfigError where these are not what was asked for.
+    """
     if config.trainer.precision is Precision.fp16 and not torch.cuda.is_available():
         raise ConfigError("trainer.precision=fp16 needs a GPU and this machine has none: use float32 or bf16")
-    accelerator = Accelerator(mixed_precision=config.trainer.precision.value)
-    if accelerator.num_processes > 1:
-        raise ConfigError(f"{accelerator.num_processes} processes were started; this version trains on one: start one")
+    # torch 2.13 has another name for it, which accelerate does not know yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    accelerator = Accelerator(
+        mixed_precision=config.trainer.precision.value,
+        # Unsaid, accelerate looks for GPUs to start processes on, and without one leaves each by itself.
+        cpu=not torch.accelerator.is_available(),
+        # Broadcast at every forward, they would wait for processes whose batch has fewer chunks; none ever changes.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    # accelerate launch sets the address for several processes, and with --cpu, or without a GPU, starts one.
+    asked = os.environ.get("WORLD_SIZE", "1")
+    if asked == "1" and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ):
+        asked = "several"
+    if accelerator.num_processes == 1 and asked != "1":
+        raise ConfigError(
+            f"{asked} processes were asked for and each would train by itself: on GPUs, accelerate launch --multi_gpu "
+            "--num_processes 2 train.py ...; without, ACCELERATE_USE_CPU=true before the same command, "
+            "or torchrun --nproc_per_node 2 train.py ...; for one process, unset MASTER_ADDR"
+        )
+    kind = accelerator.distributed_type
+    if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise ConfigError(
+            f"accelerate launch was asked for {kind.value}, and several processes train here by data parallelism "
+            "alone: launch with --multi_gpu, or --config_file configs/accelerate/one_node.yaml"
+        )
     return accelerator
 
 
@@ -51,7 +95,9 @@ def describe_run(
     trainer = config.trainer
     micro_batch = trainer.batch_size // trainer.accumulation_steps
     explicit = sum(map(len, data.train["negatives"])) / len(data.train)
-    negatives = f"{micro_batch - 1} in the batch"
+    processes = accelerator.num_processes
+    each = f"{micro_batch // processes}" if micro_batch % processes == 0 else f"about {micro_batch / processes:.1f}"
+    negatives = f"{micro_batch - 1} in the batch" + (" gathered from all processes" if processes > 1 else "")
     if explicit:
         negatives += f" + {explicit * micro_batch:.1f} explicit of all its queries"
     evaluation = f"none: data.evaluation_fraction={config.data.evaluation_fraction:g} holds out no example"
@@ -65,10 +111,10 @@ def describe_run(
         "queries": _lengths(encoder, sample["query"], "query"),
         "documents": _lengths(encoder, sample["positive"], "document"),
         "batch": f"{trainer.batch_size} queries a step, {trainer.accumulation_steps} micro-batch(es) of {micro_batch}, "
-        f"{accelerator.num_processes} process(es)",
+        f"{processes} process(es)" + (f" of {each} queries each" if processes > 1 else ""),
         "negatives a query": negatives,
         "steps": f"{steps:,}, {steps / count_steps_per_epoch(len(data.train), trainer.batch_size):.2f} epochs",
-        "precision": f"{trainer.precision.name} on {accelerator.device}",
+        "precision": f"{trainer.precision.name} on {accelerator.device.type}",
         "MaxSim": backend,
         "output": config.output_dir,
     }

@@ -19,11 +19,16 @@ def test_help_lists_every_group_member_with_what_it_is_for() -> None:
         for line, (member, comment) in zip(page[start + 1 :], members.items(), strict=False):
             assert line.split(maxsplit=1) == [member, comment]
     assert set(groups(CONFIGS)) == {
-        *("backbone", "data", "evaluation", "experiment", "head", "loss", "optimizer", "trainer")
+        *("backbone", "data", "evaluation", "experiment", "head", "loss", "optimizer", "tracker", "trainer")
     }
 
 
-def test_help_gives_five_commands() -> None:
+def test_help_does_not_list_what_the_launcher_reads() -> None:
+    assert list((CONFIGS / "accelerate").glob("*.yaml"))
+    assert "accelerate=" not in help_text(CONFIGS).splitlines()
+
+
+def test_help_gives_seven_commands() -> None:
     page = help_text(CONFIGS)
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 7
     assert all(command in page for command, _ in EXAMPLES)

@@ -1,5 +1,6 @@
 """Every rule of the config by its exact key, and every preset by composing it."""
 
+import json
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +8,24 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from configs.schema import Activation, Config, ConfigError, known_keys, parse_config, save_config, unknown_key
+from configs.schema import (
+    Activation,
+    Config,
+    ConfigError,
+    as_dict,
+    changed_keys,
+    known_keys,
+    parse_config,
+    save_config,
+    unknown_key,
+)
 from tests.conftest import ROOT
 
 MakeConfig = Callable[..., Config]
 PRESETS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in (ROOT / "configs").glob("*/*.yaml")
-    if path.parent.name != "experiment"
+    if path.parent.name not in ("experiment", "accelerate")
 )
 
 
@@ -57,6 +68,9 @@ def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: 
         ("trainer.steps=null", r"^trainer\.steps=None and trainer\.epochs=None: exactly one must be set"),
         ("trainer.accumulation_steps=5", r"^trainer\.accumulation_steps=5 must divide trainer\.batch_size=32$"),
         ("trainer.batch_size=1", r"^trainer\.batch_size=1 in trainer\.accumulation_steps=1 leaves one query"),
+        ("trainer.save_every_steps=0", r"^trainer\.save_every_steps=0 must be positive$"),
+        ("trainer.save_every_steps=-5", r"^trainer\.save_every_steps=-5 must be positive$"),
+        ("trainer.keep_checkpoints=0", r"^trainer\.keep_checkpoints=0 must be positive$"),
         ("evaluation.every_steps=0", r"^evaluation\.every_steps=0 must be positive$"),
         ("+head.foo=1", r"^head\.foo is no key; the nearest is head\.keep"),
         ("+optimiser=1", r"^optimiser is no key; the nearest is optimizer"),
@@ -100,6 +114,67 @@ def test_a_saved_config_is_read_back_equal(make_config: MakeConfig, tmp_path: Pa
     loaded = OmegaConf.load(tmp_path / "config.yaml")
     assert OmegaConf.is_dict(loaded)
     assert parse_config(loaded) == config  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["head=deep", "evaluation.metric=mrr@10", "backbone.skiplist=null", "backbone.expansion=min"],
+        ["data=pairs", "data.path=a.jsonl", "data.negative_columns=[no, never]", "backbone.skiplist=['#', ': ', 'no']"],
+        ["trainer.steps=null", "trainer.epochs=0.1", "optimizer.epsilon=1e-12", "optimizer.learning_rate=1e-30"],
+        ["tracker=wandb", "tracker.id='0123'", "name='a: b, {c}'", "sweep.launch='accelerate launch'"],
+    ],
+)
+def test_a_config_as_a_dictionary_is_read_back_equal(overrides: list[str], make_config: MakeConfig) -> None:
+    config = make_config(*overrides)
+    values = as_dict(config)
+    assert parse_config(OmegaConf.create(values)) == config
+    assert parse_config(OmegaConf.create(json.loads(json.dumps(values)))) == config
+
+
+def test_a_dictionary_has_the_names_that_the_command_line_takes(make_config: MakeConfig) -> None:
+    values = as_dict(make_config("head=mlp", "trainer.precision=bf16", "evaluation.metric=recall@100"))
+    assert values["trainer"]["precision"] == "bf16"
+    assert values["evaluation"]["metric"] == "recall@100"
+    assert values["head"]["layers"][0]["activation"] == "gelu"
+
+
+# What differs
+
+
+def test_equal_configs_differ_in_nothing(make_config: MakeConfig) -> None:
+    assert changed_keys(make_config("head=mlp"), make_config("head=mlp")) == {}
+
+
+def test_every_key_that_differs_is_named_with_both_values(make_config: MakeConfig) -> None:
+    old = make_config("data=pairs", "data.path=a.jsonl")
+    new = make_config(
+        *("data=pairs", "data.path=b.jsonl", "trainer.steps=null", "trainer.epochs=2", "trainer.precision=bf16"),
+        *("tracker=wandb", "tracker.group=heads", "overwrite=true", "backbone.expansion=null"),
+    )
+    assert changed_keys(old, new) == {
+        "overwrite": (False, True),
+        "backbone.expansion": ("fixed", None),
+        "data.path": ("a.jsonl", "b.jsonl"),
+        "trainer.steps": (110, None),
+        "trainer.epochs": (None, 2.0),
+        "trainer.precision": ("float32", "bf16"),
+        "tracker.name": ("none", "wandb"),
+        "tracker.group": (None, "heads"),
+    }
+
+
+def test_a_list_differs_as_a_whole(make_config: MakeConfig) -> None:
+    old, new = make_config("head=linear"), make_config("head=linear", "head.layers.0.bias=true")
+    layer = {"bias": False, "activation": "identity", "residual": False, "out_features": 128, "factor": None}
+    assert changed_keys(old, new) == {"head.layers": ([layer], [layer | {"bias": True}])}
+    assert changed_keys(make_config(), make_config("optimizer.betas=[0.9,0.98]")) == {
+        "optimizer.betas": ([0.9, 0.999], [0.9, 0.98])
+    }
+
+
+# Keys
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,14 @@
 import io
 import json
 import math
+import shlex
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import pytest
@@ -23,12 +27,13 @@ from architectures.factory import build_encoder
 from configs.schema import Config
 from losses import Loss, build_loss
 from losses.batch import EncodedBatch
-from trainer import loop
+from trainer import loop, stop
 from trainer.data import Data
 from trainer.data.batches import StepBatches
 from trainer.data.retrieval import RetrievalSet
-from trainer.loop import TrainingError, count_steps, train
+from trainer.loop import Stopped, TrainingError, count_steps, train
 from trainer.run_folder import RunFolder
+from trainer.tracker import Tracker
 
 MakeConfig = Callable[..., Config]
 
@@ -56,6 +61,7 @@ OVERRIDES = [
 ]
 ITERATION = {"train/loss", "train/learning_rate", "train/gradient_norm", "train/seconds"}
 RATES = {"queries_per_second", "document_tokens_per_second", "padding_fraction"}
+CLOCK = {"train/seconds", "train/queries_per_second", "train/document_tokens_per_second"}
 METRICS = {"ndcg@10", "mrr@10", "map", "recall@100"}
 
 
@@ -74,6 +80,7 @@ class Run:
     gradients: list[list[Tensor]]
     """What the optimiser saw at each step, in the order of encoder.parameters()."""
     folder: RunFolder
+    said: str
 
 
 def make_data(*, evaluated: bool = False) -> Data:
@@ -93,12 +100,14 @@ def run(
     data: Data | None = None,
     loss: Loss | None = None,
     mixed_precision: str = "no",
+    resume: bool = False,
 ) -> Run:
     """Train on the CPU and collect all that the run leaves."""
-    folder = RunFolder(config)
-    folder.create()
+    folder = RunFolder(config, resume=resume)
+    folder.open()
     parameters = list(encoder.parameters())
-    with collect_gradients(parameters) as gradients:
+    said = io.StringIO()
+    with collect_gradients(parameters) as gradients, unlocked_at_the_end(folder):
         result = train(
             Accelerator(cpu=True, mixed_precision=mixed_precision),
             encoder,
@@ -106,9 +115,10 @@ def run(
             data=data or make_data(),
             config=config,
             folder=folder,
-            console=Console(file=io.StringIO()),
+            tracker=Tracker(config, main=True, say=print),
+            console=Console(file=said, soft_wrap=True),
         )
-    return Run(result, read_metrics(folder), gradients, folder)
+    return Run(result, read_metrics(folder), gradients, folder, said.getvalue())
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
@@ -123,8 +133,19 @@ def collect_gradients(parameters: list[nn.Parameter]) -> Iterator[list[list[Tens
         steps.append([p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters])
 
     handle = register_optimizer_step_pre_hook(collect)
-    yield steps
-    handle.remove()
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def unlocked_at_the_end(folder: RunFolder) -> Iterator[None]:
+    """Give the folder back as the end of a process does, so that the next run of this one may have it."""
+    try:
+        yield
+    finally:
+        folder._lock.release()
 
 
 def without_dropout(encoder: MultiVectorEncoder) -> MultiVectorEncoder:
@@ -523,6 +544,446 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weigh
         run(encoder, config, loss=loss)
     assert all(parameter.isfinite().all() for parameter in encoder.parameters())
     assert not (RunFolder(config).path / "model").exists()
+
+
+# Checkpoints
+
+
+def checkpoints(config: Config) -> list[str]:
+    """Names of the checkpoints that a run has left, newest first."""
+    return [path.name for path in RunFolder(config).checkpoints()]
+
+
+def test_a_checkpoint_is_saved_every_so_many_steps_and_the_newest_are_kept(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    config = make_config(*OVERRIDES, "trainer.steps=8", "trainer.save_every_steps=2", "trainer.keep_checkpoints=2")
+    run(encoder, config)
+    # After the last step the model is saved instead.
+    assert checkpoints(config) == ["step_00000006", "step_00000004"]
+
+
+@pytest.mark.parametrize("every", ["null", "5", "99"])
+def test_no_checkpoint_is_saved_unasked_or_at_the_last_step(
+    every: str, encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    config = make_config(*OVERRIDES, f"trainer.save_every_steps={every}")
+    run(encoder, config)
+    assert checkpoints(config) == []
+
+
+def test_saving_changes_nothing_of_the_run(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    runs = []
+    for every in ("null", "1"):
+        config = make_config(*OVERRIDES, f"trainer.save_every_steps={every}", *beside(make_config, f"every_{every}"))
+        runs.append(run(deepcopy(encoder), config))
+    assert_equal(*runs)
+
+
+# Runs that go on
+
+
+class Killed(Exception):
+    """Stands for the end of a process in the middle of a step."""
+
+
+def beside(make_config: MakeConfig, name: str) -> list[str]:
+    """A folder of its own."""
+    return [f"output_dir={Path(make_config().output_dir).parent / name}"]
+
+
+def dying(config: Config, *, step: int) -> Loss:
+    """The loss of the config, until it is asked for that of a step, counted from 1 in this process."""
+    loss, calls = build_loss(config.loss), []
+
+    def until(batch: EncodedBatch) -> Tensor:
+        calls.append(batch)
+        if len(calls) > (step - 1) * config.trainer.accumulation_steps:
+            raise Killed
+        return loss(batch)
+
+    return until
+
+
+def signalling(config: Config, number: signal.Signals, *, step: int, times: int = 1) -> Loss:
+    """The loss of the config, which sends this process a signal in the middle of a step."""
+    loss, calls = build_loss(config.loss), []
+
+    def with_signal(batch: EncodedBatch) -> Tensor:
+        calls.append(batch)
+        if len(calls) == step:
+            for _ in range(times):
+                signal.raise_signal(number)
+        return loss(batch)
+
+    return with_signal
+
+
+def kill(encoder: MultiVectorEncoder, config: Config, *, step: int, **options: Any) -> None:
+    """Train, and die in a step."""
+    with pytest.raises(Killed):
+        run(deepcopy(encoder), config, loss=dying(config, step=step), **options)
+
+
+def go_on(encoder: MultiVectorEncoder, config: Config, **options: Any) -> Run:
+    """Resume with other weights and other random numbers, as a new process would have them."""
+    encoder = deepcopy(encoder)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.normal_()
+    torch.manual_seed(12345)
+    return run(encoder, config, resume=True, **options)
+
+
+def start_again(encoder: MultiVectorEncoder, config: Config, **options: Any) -> Run:
+    """Resume where there is no checkpoint, with the encoder as a new process builds it, and other random numbers."""
+    torch.manual_seed(12345)
+    return run(deepcopy(encoder), config, resume=True, **options)
+
+
+def weights_of(ours: Run) -> dict[str, bytes]:
+    """Every file of weights that a run has left, its checkpoints aside."""
+    return {
+        str(path.relative_to(ours.folder.path)): path.read_bytes()
+        for name in ("model", "best")
+        for path in sorted((ours.folder.path / name).rglob("*.safetensors"))
+    }
+
+
+def without_clock(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in metrics]
+
+
+def assert_equal(ours: Run, straight: Run) -> None:
+    """Bit for bit, but for the clock and the name of the folder."""
+    assert without_clock(ours.metrics) == without_clock(straight.metrics)
+    assert weights_of(ours) == weights_of(straight)
+    for key in ("steps", "queries", "processes", "before", "after", "padding_fraction"):
+        assert ours.result[key] == straight.result[key], key
+    for one in (ours, straight):
+        if one.result["best"] is not None:
+            one.result["best"]["model"] = Path(one.result["best"]["model"]).name
+    assert ours.result["best"] == straight.result["best"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "evaluated", "mixed_precision"),
+    [
+        ([], False, "no"),
+        (["evaluation.every_steps=2"], True, "no"),
+        (["trainer.accumulation_steps=2", "trainer.max_gradient_norm=0.01"], False, "no"),
+        (["trainer.precision=bf16", "optimizer.schedule=cosine"], True, "bf16"),
+    ],
+    ids=["plain", "evaluated", "accumulated", "bf16"],
+)
+@pytest.mark.parametrize("killed_in", [2, 4, 5], ids="killed in step {}".format)
+def test_a_run_that_was_killed_and_goes_on_equals_one_that_was_not(
+    killed_in: int,
+    overrides: list[str],
+    evaluated: bool,
+    mixed_precision: str,
+    encoder: MultiVectorEncoder,
+    make_config: MakeConfig,
+) -> None:
+    # Of six examples an epoch is two steps: after the third, an epoch is half done.
+    overrides = [*OVERRIDES, "trainer.save_every_steps=3", *overrides]
+    options: dict[str, Any] = {"data": make_data(evaluated=evaluated), "mixed_precision": mixed_precision}
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")), **options)
+    config = make_config(*overrides)
+    kill(encoder, config, step=killed_in, **options)
+    assert checkpoints(config) == (["step_00000003"] if killed_in > 3 else [])
+    assert len(read_metrics(RunFolder(config))) == killed_in
+
+    # Without a checkpoint, what counts is how the encoder was built.
+    ours = (go_on if killed_in > 3 else start_again)(encoder, config, **options)
+
+    assert_equal(ours, straight)
+    checkpoint = RunFolder(config).path / "checkpoints" / "step_00000003"
+    assert (f"resumed after step 3, from {checkpoint}\n" in ours.said) == (killed_in > 3)
+    assert len(ours.gradients) == (2 if killed_in > 3 else 5)
+
+
+def test_a_run_that_is_killed_again_and_again_equals_one_that_was_not(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    overrides = [*OVERRIDES, "trainer.steps=8", "trainer.save_every_steps=2"]
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")))
+    config = make_config(*overrides)
+    kill(encoder, config, step=4)
+    for _ in range(2):
+        # Two more steps are done and saved, and one more that is lost.
+        with pytest.raises(Killed):
+            go_on(encoder, config, loss=dying(config, step=4))
+    assert checkpoints(config) == ["step_00000006", "step_00000004"]
+    assert_equal(go_on(encoder, config), straight)
+
+
+def test_dropout_that_is_drawn_anew_would_be_seen(
+    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*OVERRIDES, "trainer.save_every_steps=3"]
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")))
+    config = make_config(*overrides)
+    kill(encoder, config, step=4)
+    monkeypatch.setattr(loop, "set_random_state", lambda state: None)
+    ours = go_on(encoder, config)
+    assert ours.metrics[4]["train/loss"] != straight.metrics[4]["train/loss"]
+
+
+def test_a_run_goes_on_with_the_metrics_before_training_that_it_had(
+    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(*OVERRIDES, "trainer.save_every_steps=3", "evaluation.metric=mrr@10")
+    monkeypatch.setattr(loop, "evaluate", Script(0.9))
+    kill(encoder, config, step=4, data=make_data(evaluated=True))
+    script = Script(0.4)
+    monkeypatch.setattr(loop, "evaluate", script)
+    ours = go_on(encoder, config, data=make_data(evaluated=True))
+    assert len(script.vectors) == 1, "the model was scored after the last step only"
+    assert (ours.result["before"]["mrr@10"], ours.result["after"]["mrr@10"]) == (0.9, 0.4)
+    assert "before  ndcg@10 0.5000  mrr@10 0.9000" in ours.said
+
+
+@pytest.mark.parametrize(
+    ("killed_in", "scores", "best_step"),
+    [
+        # Before training and after steps 2, 4 and 5; the checkpoint is that of step 3.
+        (4, [0.9, 0.6, 0.3, 0.2], 2),
+        (4, [0.9, 0.3, 0.6, 0.2], 4),
+        (4, [0.9, 0.2, 0.3, 0.6], 5),
+        (5, [0.9, 0.6, 0.3, 0.2], 2),
+        (5, [0.9, 0.3, 0.6, 0.2], 4),
+        (5, [0.9, 0.2, 0.3, 0.6], 5),
+    ],
+)
+def test_the_best_model_is_that_of_a_run_that_was_not_killed(
+    killed_in: int,
+    scores: list[float],
+    best_step: int,
+    encoder: MultiVectorEncoder,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = [*OVERRIDES, "trainer.save_every_steps=3", "evaluation.every_steps=2", "evaluation.metric=mrr@10"]
+    data = make_data(evaluated=True)
+    monkeypatch.setattr(loop, "evaluate", Script(*scores))
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")), data=data)
+    config = make_config(*overrides)
+    monkeypatch.setattr(loop, "evaluate", Script(*scores[: 3 if killed_in == 5 else 2]))
+    kill(encoder, config, step=killed_in, data=data)
+    monkeypatch.setattr(loop, "evaluate", Script(*scores[2:]))
+    ours = go_on(encoder, config, data=data)
+    assert_equal(ours, straight)
+    assert ours.result["best"]["step"] == best_step
+    assert any(name.startswith("best/") for name in weights_of(ours)) == (best_step < 5)
+
+
+@pytest.mark.parametrize("killed_in", [5, None], ids=["killed in step 5", "killed after the last step"])
+def test_the_best_model_is_the_one_whose_score_the_result_has_also_where_the_run_goes_on_otherwise(
+    killed_in: int | None, encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*OVERRIDES, "trainer.save_every_steps=3", "evaluation.every_steps=2", "evaluation.metric=mrr@10"]
+    config, data = make_config(*overrides), make_data(evaluated=True)
+    # The checkpoint of step 3 knows of the best of step 2; then the run finds a better one, and dies.
+    first = Script(0.1, 0.5, 0.6) if killed_in else Script(0.1, 0.5, 0.2, 0.6)
+    monkeypatch.setattr(loop, "evaluate", first)
+    if killed_in:
+        kill(encoder, config, step=killed_in, data=data)
+    else:
+        run(deepcopy(encoder), config, data=data)  # all but result.json is written
+    # Another schedule, and with it other scores.
+    second = Script(0.4, 0.3, 0.25)
+    monkeypatch.setattr(loop, "evaluate", second)
+    best = go_on(encoder, make_config(*overrides, "trainer.steps=7"), data=data).result["best"]
+    scored = dict(zip((0.1, 0.5, 0.6) if killed_in else (0.1, 0.5, 0.2, 0.6), first.vectors, strict=True))
+    scored |= dict(zip((0.4, 0.3, 0.25), second.vectors, strict=True))
+    assert Path(best["model"]).exists()
+    saved = MultiVectorEncoder(best["model"], device="cpu").encode_document(["a cat, a dog."])[0]
+    assert torch.equal(saved, scored[best["mrr@10"]])
+
+
+def test_time_counts_from_the_first_process_on(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    config = make_config(*OVERRIDES, "trainer.save_every_steps=3")
+    kill(encoder, config, step=4)
+    [checkpoint] = RunFolder(config).checkpoints()
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert 0 < state["progress"]["totals"]["seconds"] <= state["progress"]["seconds"]
+    state["progress"]["seconds"] += 5000
+    state["progress"]["totals"]["seconds"] += 1000
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    # The second of three processes does one step.
+    with pytest.raises(Stopped):
+        go_on(encoder, config, loss=signalling(config, SIGTERM, step=1))
+    ours = go_on(encoder, config)
+    assert 5000 < ours.result["seconds"] < 5600
+    assert 15 / 1600 < ours.result["queries_per_second"] < 15 / 1000
+
+
+def test_a_longer_run_follows_its_own_schedule_from_the_first_new_step_on(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    overrides = [*OVERRIDES, "trainer.save_every_steps=3"]
+    longer = run(deepcopy(encoder), make_config(*overrides, "trainer.steps=9", *beside(make_config, "longer")))
+    shorter = make_config(*overrides)
+    kill(encoder, shorter, step=4)
+    ours = go_on(encoder, make_config(*overrides, "trainer.steps=9"))
+    rates = [line["train/learning_rate"] for line in ours.metrics[1:]]
+    assert len(rates) == 9
+    assert rates[3:] == [line["train/learning_rate"] for line in longer.metrics[4:]]
+    # Of five steps two are warm-up; of nine, four.
+    assert rates[:3] == pytest.approx([0.0, 0.005, 0.01], rel=1e-9)
+    assert ours.result["steps"] == 9
+
+
+def test_another_number_of_processes_draws_dropout_anew_and_says_so(
+    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(*OVERRIDES, "trainer.save_every_steps=3")
+    kill(encoder, config, step=4)
+    [checkpoint] = RunFolder(config).checkpoints()
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["random_states"] *= 2
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    monkeypatch.setattr(loop, "set_random_state", lambda state: pytest.fail("a state of another process was taken"))
+    ours = go_on(encoder, config)
+    assert "2 process(es) saved it and 1 go on: the examples stay the same, dropout is drawn anew\n" in ours.said
+    assert [line["step"] for line in ours.metrics] == [0, 1, 2, 3, 4, 5]
+
+
+def test_processes_that_see_other_checkpoints_do_not_go_on(
+    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(*OVERRIDES, "trainer.save_every_steps=3")
+    kill(encoder, config, step=4)
+    before = (RunFolder(config).path / "metrics.jsonl").read_text()
+    monkeypatch.setattr(loop, "gather_object", lambda steps: [*steps, 0])
+    with pytest.raises(TrainingError) as caught:
+        go_on(encoder, config)
+    assert str(caught.value) == (
+        f"the processes read checkpoints of steps [3, 0]: do all see one folder {config.output_dir}?"
+    )
+    assert (RunFolder(config).path / "metrics.jsonl").read_text() == before
+
+
+# Checkpoints that are not whole
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_checkpoint_that_is_cut_short_is_left_out_for_the_one_before(
+    name: str, encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    overrides = [*OVERRIDES, "trainer.save_every_steps=1"]
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")))
+    config = make_config(*overrides)
+    kill(encoder, config, step=4)
+    newest, older = RunFolder(config).checkpoints()
+    cut_short(newest / name)
+    ours = go_on(encoder, config)
+    assert f"left out: {newest} is not whole (" in ours.said
+    assert f"resumed after step 2, from {older}\n" in ours.said
+    assert_equal(ours, straight)
+
+
+def test_a_checkpoint_that_is_left_out_is_set_aside(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    config = make_config(*OVERRIDES, "trainer.save_every_steps=1")
+    kill(encoder, config, step=4)
+    cut_short(RunFolder(config).checkpoints()[0] / "state.json")
+    with pytest.raises(Killed):
+        go_on(encoder, config, loss=dying(config, step=1))
+    assert checkpoints(config) == ["step_00000002"]
+    assert [line["step"] for line in read_metrics(RunFolder(config))] == [0, 1, 2]
+
+
+def test_without_a_whole_checkpoint_the_run_does_not_go_on_and_loses_nothing(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    config = make_config(*OVERRIDES, "trainer.save_every_steps=1")
+    kill(encoder, config, step=4)
+    saved = RunFolder(config).checkpoints()
+    for checkpoint, name in zip(saved, ["state.json", "model.safetensors"], strict=True):
+        cut_short(checkpoint / name)
+    before = (RunFolder(config).path / "metrics.jsonl").read_text()
+    with pytest.raises(TrainingError) as caught:
+        go_on(encoder, config)
+    assert str(caught.value) == (
+        f"no checkpoint of {config.output_dir} is whole: rerun={config.output_dir} output_dir=... starts again"
+    )
+    assert (RunFolder(config).path / "metrics.jsonl").read_text() == before
+    assert set(saved[0].parent.iterdir()) == set(saved)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_disk_that_does_not_answer_is_no_reason_to_leave_a_checkpoint_out(
+    name: str, encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    config = make_config(*OVERRIDES, "trainer.save_every_steps=1")
+    kill(encoder, config, step=4)
+    newest = RunFolder(config).checkpoints()[0]
+    (newest / name).rename(newest / "kept")
+    (newest / name).mkdir()  # which no one, not even root, can read as a file
+    with pytest.raises(TrainingError) as caught:
+        go_on(encoder, config)
+    assert str(caught.value).startswith(f"{newest} cannot be read (")
+    assert str(caught.value).endswith("): mend that and resume again")
+    assert checkpoints(config) == ["step_00000003", "step_00000002"]
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_all_saved(
+    number: signal.Signals, encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    overrides = [*OVERRIDES, "trainer.save_every_steps=null"]
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")))
+    config = make_config(*overrides)
+    before = [signal.getsignal(SIGINT), signal.getsignal(SIGTERM)]
+    with pytest.raises(Stopped) as caught:
+        run(deepcopy(encoder), config, loss=signalling(config, number, step=2))
+    assert caught.value.signal == number
+    assert str(caught.value) == (
+        f"stopped after step 2 of 5; go on with: python train.py resume={shlex.quote(config.output_dir)}"
+    )
+    assert [signal.getsignal(SIGINT), signal.getsignal(SIGTERM)] == before
+    assert checkpoints(config) == ["step_00000002"]
+    assert [line["step"] for line in read_metrics(RunFolder(config))] == [0, 1, 2]
+    assert not (RunFolder(config).path / "model").exists()
+    assert_equal(go_on(encoder, config), straight)
+
+
+def test_the_command_that_goes_on_is_quoted_for_a_shell(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    config = make_config(*OVERRIDES, *beside(make_config, "my run"))
+    with pytest.raises(Stopped) as caught:
+        run(encoder, config, loss=signalling(config, SIGTERM, step=1))
+    assert shlex.split(str(caught.value).partition("go on with: ")[2])[2] == f"resume={config.output_dir}"
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    overrides = [*OVERRIDES, "trainer.save_every_steps=null"]
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")))
+    config = make_config(*overrides)
+    ours = run(deepcopy(encoder), config, loss=signalling(config, SIGTERM, step=5))
+    assert_equal(ours, straight)
+    assert checkpoints(config) == []
+
+
+def test_a_later_signal_stops_the_step_and_leaves_the_last_checkpoint(
+    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "SAME_WISH_SECONDS", -1)
+    overrides = [*OVERRIDES, "trainer.save_every_steps=2"]
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")))
+    config = make_config(*overrides)
+    with pytest.raises(KeyboardInterrupt):
+        run(deepcopy(encoder), config, loss=signalling(config, SIGINT, step=4, times=2))
+    assert checkpoints(config) == ["step_00000002"]
+    assert [line["step"] for line in read_metrics(RunFolder(config))] == [0, 1, 2, 3]
+    assert_equal(go_on(encoder, config), straight)
 
 
 # Precision

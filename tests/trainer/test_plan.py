@@ -1,11 +1,14 @@
 """What is refused before any weight is loaded, and what the start-up table says about a run, made by hand."""
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
@@ -13,8 +16,9 @@ from sentence_transformers.base.modules import Transformer
 from configs.schema import Config, ConfigError
 from trainer import plan
 from trainer.data import Data
+from trainer.data.batches import cut
 from trainer.data.retrieval import RetrievalSet
-from trainer.plan import build_accelerator, check_batch, describe_run
+from trainer.plan import build_accelerator, check_batch, check_steps, describe_run
 
 MakeConfig = Callable[..., Config]
 
@@ -57,10 +61,10 @@ def describe(encoder: MultiVectorEncoder, config: Config, data: Data | None = No
 def test_a_batch_larger_than_the_training_set_is_refused(examples: int, refused: bool, make_config: MakeConfig) -> None:
     config = make_config("trainer.batch_size=4")
     if not refused:
-        check_batch(config, examples)
+        check_batch(config, examples, 1)
         return
     with pytest.raises(ConfigError) as caught:
-        check_batch(config, examples)
+        check_batch(config, examples, 1)
     assert str(caught.value) == "trainer.batch_size=4 is larger than the 3 training examples: set 3 or less"
 
 
@@ -78,11 +82,154 @@ def test_the_accelerator_has_the_precision_of_the_config(
     assert build_accelerator(make_config(f"trainer.precision={precision}")).mixed_precision == mixed_precision
 
 
-def test_several_processes_are_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
+NOT_SEVERAL = (
+    "processes were asked for and each would train by itself: on GPUs, accelerate launch --multi_gpu "
+    "--num_processes 2 train.py ...; without, ACCELERATE_USE_CPU=true before the same command, "
+    "or torchrun --nproc_per_node 2 train.py ...; for one process, unset MASTER_ADDR"
+)
+
+
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher has started these tests, and accelerate finds a device, so that it looks no further for processes."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize(
+    ("environment", "asked"),
+    [
+        # Of accelerate launch --cpu --num_processes 2, which starts one.
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "several"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}, "several"),
+        ({"WORLD_SIZE": "2"}, "2"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "16"}, "16"),
+    ],
+)
+def test_one_process_where_several_were_asked_for_is_refused(
+    environment: dict[str, str], asked: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
         build_accelerator(make_config())
-    assert str(caught.value) == "2 processes were started; this version trains on one: start one"
+    assert str(caught.value) == f"{asked} {NOT_SEVERAL}"
+
+
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"WORLD_SIZE": "1"},
+        # accelerate launch --num_processes 1
+        {"ACCELERATE_MIXED_PRECISION": "no"},
+        # An address that the machine's administrator has set.
+        {"MASTER_ADDR": "127.0.0.1"},
+    ],
+)
+def test_one_process_where_one_was_asked_for_runs(
+    environment: dict[str, str], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    accelerator = build_accelerator(make_config())
+    assert accelerator.num_processes == 1
+    assert accelerator.distributed_type is DistributedType.NO
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_processes_that_share_the_weights_are_refused(
+    kind: DistributedType, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(ConfigError) as caught:
+        build_accelerator(make_config())
+    assert str(caught.value) == (
+        f"accelerate launch was asked for {kind.value}, and several processes train here by data parallelism alone: "
+        "launch with --multi_gpu, or --config_file configs/accelerate/one_node.yaml"
+    )
+
+
+@pytest.mark.parametrize("kind", [DistributedType.MULTI_GPU, DistributedType.MULTI_CPU])
+def test_processes_that_each_have_the_weights_are_taken(
+    kind: DistributedType, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    assert build_accelerator(make_config()).num_processes == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "examples", "processes", "smallest"),
+    [
+        (["trainer.batch_size=4"], 8, 4, None),
+        (["trainer.batch_size=4"], 8, 5, 4),
+        # Nine examples in batches of four at most are three steps of three.
+        (["trainer.batch_size=4"], 9, 3, None),
+        (["trainer.batch_size=4"], 9, 4, 3),
+        (["trainer.batch_size=8", "trainer.accumulation_steps=2"], 16, 4, None),
+        (["trainer.batch_size=8", "trainer.accumulation_steps=2"], 16, 5, 4),
+        # Three steps of five or six, so micro-batches of two or three.
+        (["trainer.batch_size=8", "trainer.accumulation_steps=2"], 17, 2, None),
+        (["trainer.batch_size=8", "trainer.accumulation_steps=2"], 17, 3, 2),
+    ],
+)
+def test_a_micro_batch_with_less_than_a_query_for_each_process_is_refused(
+    overrides: list[str], examples: int, processes: int, smallest: int | None, make_config: MakeConfig
+) -> None:
+    config = make_config(*overrides)
+    if smallest is None:
+        check_batch(config, examples, processes)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_batch(config, examples, processes)
+    trainer = config.trainer
+    assert str(caught.value) == (
+        f"trainer.batch_size={trainer.batch_size} in trainer.accumulation_steps={trainer.accumulation_steps} "
+        f"leaves a micro-batch with {smallest} of its queries, fewer than the {processes} processes: "
+        "raise trainer.batch_size or start fewer processes"
+    )
+
+
+def test_exactly_those_batches_are_refused_that_leave_some_process_without_a_query(make_config: MakeConfig) -> None:
+    config = make_config()
+    outcomes = set()
+    for batch_size, accumulation_steps in [(4, 1), (4, 2), (6, 3), (7, 1), (8, 2)]:
+        trainer = replace(config.trainer, batch_size=batch_size, accumulation_steps=accumulation_steps)
+        for examples in range(batch_size, 4 * batch_size):
+            steps = cut(list(range(examples)), math.ceil(examples / batch_size))
+            for processes in range(1, 6):
+                parts = [
+                    part
+                    for step in steps
+                    for micro_batch in cut(step, accumulation_steps)
+                    for part in cut(micro_batch, processes)
+                ]
+                try:
+                    check_batch(replace(config, trainer=trainer), examples, processes)
+                    outcome = True
+                except ConfigError:
+                    outcome = False
+                assert outcome == all(parts), (batch_size, accumulation_steps, examples, processes)
+                outcomes.add(outcome)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("done", [5, 6])
+def test_a_resumed_run_without_a_step_left_is_refused(done: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_steps(5, done)
+    assert str(caught.value) == (
+        f"trainer.steps=5: the run has done {done} steps: set more, or more trainer.epochs, to go on"
+    )
+
+
+@pytest.mark.parametrize("done", [0, 4])
+def test_a_run_with_a_step_left_goes_on(done: int) -> None:
+    check_steps(5, done)
 
 
 # The start-up table
@@ -108,6 +255,39 @@ def test_negatives_are_those_of_a_micro_batch(
 def test_the_batch_is_shown_with_its_micro_batches(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
     config = make_config("trainer.batch_size=6", "trainer.accumulation_steps=3")
     assert describe(encoder, config)["batch"] == "6 queries a step, 3 micro-batch(es) of 2, 1 process(es)"
+
+
+@pytest.mark.parametrize(
+    ("accumulation_steps", "negatives", "batch", "words"),
+    [
+        (
+            1,
+            False,
+            "1 micro-batch(es) of 6, 2 process(es) of 3 queries each",
+            "5 in the batch gathered from all processes",
+        ),
+        (
+            2,
+            True,
+            "2 micro-batch(es) of 3, 2 process(es) of about 1.5 queries each",
+            "2 in the batch gathered from all processes + 3.6 explicit of all its queries",
+        ),
+    ],
+)
+def test_batch_and_negatives_are_those_of_all_processes(
+    accumulation_steps: int,
+    negatives: bool,
+    batch: str,
+    words: str,
+    encoder: MultiVectorEncoder,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    config = make_config("trainer.batch_size=6", f"trainer.accumulation_steps={accumulation_steps}")
+    facts = describe(encoder, config, make_data(negatives=negatives))
+    assert facts["batch"] == f"6 queries a step, {batch}"
+    assert facts["negatives a query"] == words
 
 
 @pytest.mark.parametrize(
