@@ -11,7 +11,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Extra `$*` under the exact versions of constraints.txt; a torch that is in .venv already, such as a CPU build, stays.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python

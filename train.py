@@ -110,7 +110,10 @@ def run_sweep(arguments: list[str]) -> int:
             "-m under a launcher would start every job in each of its processes: python train.py -m ... "
             "sweep.launch='accelerate launch --num_processes 4' launches each job by itself"
         )
-    folder, own = sweep_folder(arguments)
+    # Hydra's own parser takes no override behind a flag.
+    overrides = get_args_parser().parse_intermixed_args(arguments).overrides
+    flags = [argument for argument in arguments if argument not in overrides]
+    folder, own = sweep_folder(overrides)
     received = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -122,29 +125,28 @@ def run_sweep(arguments: list[str]) -> int:
         signal.signal(number, interrupt)
     with claim(folder):
         try:
-            _hydra([*arguments, *own])
+            _hydra([*flags, *overrides, *own])
         except KeyboardInterrupt:
             received = received or [signal.SIGINT]
         finally:
             (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of what every job's config.yaml says
         jobs = summarise(folder, make_console())
-    unfinished = [job for job in jobs if not job.state.startswith("finished")]
-    if unfinished:
-        print(f"{len(unfinished)} of {len(jobs)} jobs did not finish; the same command goes on", file=sys.stderr)
     if received:
         print("interrupted; the same command goes on with what is left", file=sys.stderr)
         return 128 + received[0]
+    unfinished = [job for job in jobs if not job.state.startswith("finished")]
+    if unfinished:
+        print(f"{len(unfinished)} of {len(jobs)} jobs did not finish; the same command goes on", file=sys.stderr)
     if len(unfinished) == len(jobs):
         errors = [job.error for job in unfinished if job.error]
         return _fail(errors[0] if errors else "there is no job to run, or each was stopped", status=1)
     return 0
 
 
-def sweep_folder(arguments: list[str]) -> tuple[Path, list[str]]:
+def sweep_folder(typed: list[str]) -> tuple[Path, list[str]]:
     """The folder of a sweep, and what tells Hydra of it: hydra.sweep.dir, or a name that the same overrides give."""
-    overrides = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
-    named, swept, typed = None, [], []
-    for override in overrides:
+    named, swept, hashed = None, [], []
+    for override in OverridesParser.create().parse_overrides(typed):
         key = override.key_or_group
         if key in ("output_dir", "overwrite"):
             raise ConfigError(
@@ -156,12 +158,12 @@ def sweep_folder(arguments: list[str]) -> tuple[Path, list[str]]:
         if override.is_sweep_override():
             swept.append(key.split(".")[-1])
         if not key.startswith(("hydra", "sweep.", "tracker")):
-            typed.append(str(override.input_line))
+            hashed.append(str(override.input_line))
     if named is not None:
         if "$" in named:
             raise ConfigError(f"hydra.sweep.dir={named}: write the folder out: typed again, the sweep must find it")
         return Path(named), []
-    digest = hashlib.sha256("\n".join(sorted(typed)).encode()).hexdigest()[:8]
+    digest = hashlib.sha256("\n".join(sorted(hashed)).encode()).hexdigest()[:8]
     folder = Path("outputs", "sweeps", "-".join([*swept[:4], digest]))
     return folder, [f"hydra.sweep.dir={folder}"]
 

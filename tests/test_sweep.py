@@ -52,7 +52,7 @@ def named(overrides: list[str], name: str) -> str:
 
 
 def folder_of(arguments: list[str]) -> Path:
-    return sweep_folder(arguments)[0]
+    return sweep_folder([argument for argument in arguments if not argument.startswith("-")])[0]
 
 
 def read_rows(sweep: Path) -> list[Row]:
@@ -142,7 +142,7 @@ def test_a_job_that_fails_is_a_row_and_the_others_finish(six: SixJobs) -> None:
     errors = [row["error"] for row in six.first.rows]
     where = six.sweep.relative_to(six.sweep.parents[2]) / six.failing
     assert errors == ["", "", "", f"output_dir={where} is a file: name a folder", "", ""]
-    assert six.first.done.stderr == "1 of 6 jobs failed; the same command tries them again\n"
+    assert six.first.done.stderr == "1 of 6 jobs did not finish; the same command goes on\n"
 
 
 def test_each_job_trains_what_its_overrides_say(six: SixJobs) -> None:
@@ -346,7 +346,7 @@ def test_a_value_that_one_job_cannot_take_is_the_row_of_that_job(tiny_jobs: list
         "trainer.batch_size=400 is larger than the 8 training examples: set 8 or less",
         "",
     ]
-    assert done.stderr == "2 of 3 jobs failed; the same command tries them again\n"
+    assert done.stderr == "2 of 3 jobs did not finish; the same command goes on\n"
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_where_every_job_fails_the_first_error_is_said(
     done = run_command(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "2 of 2 jobs failed; the same command tries them again",
+        "2 of 2 jobs did not finish; the same command goes on",
         f"error: {error}",
     ]
     rows = read_rows(tmp_path / folder_of(command))
