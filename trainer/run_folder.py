@@ -96,10 +96,9 @@ class RunFolder:
             self._acquire()
             self.check()
             self._mend()
-            if not self._resume:
-                # By name: a folder given by mistake keeps all that no run has written.
-                for name in LEFT:
-                    _remove(self.path / name)
+            # By name: a folder given by mistake keeps all that no run has written.
+            for name in (FAILED_BATCH,) if self._resume else LEFT:
+                _remove(self.path / name)
         with self._placed(CONFIG) as path:
             save_config(self._config, str(path))
 

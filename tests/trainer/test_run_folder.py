@@ -142,11 +142,11 @@ def test_a_folder_without_a_config_is_no_run_that_goes_on(files: list[str], make
     assert str(caught.value) == f"resume={folder.path} has no config.yaml: give the output folder of a run"
 
 
-def test_a_run_that_goes_on_keeps_all_that_it_has_but_the_config(make_config: MakeConfig) -> None:
+def test_a_run_that_goes_on_keeps_all_that_it_has_but_the_config_and_why_it_failed(make_config: MakeConfig) -> None:
     config = make_config("overwrite=true")
     folder = resumed(config)
-    kept = ["metrics.jsonl", "failed_batch.jsonl", "model/weights", "best/weights", "checkpoints/x", "notes.txt"]
-    fill(folder.path, "config.yaml", *kept)
+    kept = ["metrics.jsonl", "model/weights", "best/weights", "checkpoints/x", "notes.txt"]
+    fill(folder.path, "config.yaml", "failed_batch.jsonl", *kept)
     folder.check()
     folder.open()
     assert {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()} == {
