@@ -34,8 +34,6 @@ from configs.schema import Config, ConfigError, TrackerName, assignment, changed
 TRAIN = Path(__file__).resolve()
 CONFIGS = TRAIN.parent / "configs"
 ConfigStore.instance().store("schema", Config)
-# What asks for a sweep, and what only shows what Hydra would do.
-SWEEP, SHOW = {"-m", "--multirun", "hydra.mode=MULTIRUN"}, {"--cfg", "-c", "--info", "-i"}
 # What a resumed run may have otherwise than before; the last two are no part of what it computes.
 MAY_CHANGE = ("trainer.steps", "trainer.epochs", "data.path", "tracker.", "output_dir", "overwrite")
 
@@ -49,7 +47,7 @@ def main(arguments: list[str]) -> int:
     try:
         if any(argument.startswith(("rerun=", "resume=")) for argument in arguments):
             return run_saved(arguments)
-        if SWEEP & set(arguments) and not SHOW & set(arguments):
+        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
             return run_sweep(arguments)
         _hydra(arguments)
     except ConfigError as error:
@@ -57,7 +55,9 @@ def main(arguments: list[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return _fail(explain_composition(error, CONFIGS))
     except ValueError as error:
-        # How Hydra answers head=null.
+        # How Hydra answers -m --cfg job, and head=null.
+        if str(error).startswith("Only one of"):
+            return _fail(str(error))
         if not str(error).startswith("Config group override"):
             raise
         return _fail(f"{' '.join(arguments)}: a group takes the name of a member; `python train.py --help` lists them")

@@ -431,6 +431,7 @@ def test_any_name_reaches_the_job(tiny_jobs: list[str], tmp_path: Path) -> None:
             "hydra.sweep.dir=outputs/${now:%Y}: write the folder out: typed again, the sweep must find it",
         ),
         (["seed=1,2", "resume=outputs/mine"], "resume=outputs/mine: the folder has no config.yaml"),
+        (["--cfg", "job", "seed=1,2"], "Only one of --run, --multirun, --cfg, --info and --shell_completion"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
