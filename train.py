@@ -183,11 +183,11 @@ def run_saved(arguments: list[str]) -> int:
     # The folder may have been moved, and a run that is repeated is another one to its tracker.
     own = [assignment("output_dir", str(folder))] if verb == "resume" else ["tracker.id=null"]
     with hydra.initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-        saved = parse_config(hydra.compose("config"))
-        config = parse_config(hydra.compose("config", [*own, *overrides]))
+        saved, composed = hydra.compose("config"), hydra.compose("config", [*own, *overrides])
+    config = parse_config(composed)
     if verb == "rerun":
         return run(config)
-    changes = changed_keys(saved, config)
+    changes = changed_keys(parse_config(saved), config)
     if config.output_dir != str(folder):
         raise ConfigError(f"output_dir={config.output_dir}: resume={folder} goes on in its own folder: leave it out")
     if refused := [key for key in changes if not key.startswith(MAY_CHANGE)]:

@@ -45,7 +45,8 @@ def main() -> int:
         straight, killed = Path(scratch, "straight"), Path(scratch, "killed")
         keys = [*SMALL, *options.overrides]
         seconds, writes = start(keys, straight)
-        if fingerprint(straight) is None:
+        expected = fingerprint(straight)
+        if expected is None:
             return 1  # train.py has said why
         print(f"straight: {seconds:.1f} s from config.yaml on, {writes} checkpoints", flush=True)
         number = 0
@@ -59,13 +60,13 @@ def main() -> int:
                 second = draw.uniform(0, seconds)
                 moment = f"after {second:.2f} s"
                 passed, _ = start(keys, killed, kill_after_seconds=second)
-                seconds = min(seconds, passed) if fingerprint(killed) else seconds
-            if fingerprint(killed):
+                seconds = min(seconds, passed) if finished(killed) else seconds
+            if finished(killed):
                 continue  # it had finished before its moment came: that proves nothing, so another is drawn
             number += 1
             left = describe(killed)
             subprocess.run([sys.executable, str(TRAIN), f"resume={killed}"], stdout=subprocess.DEVNULL, check=False)
-            equal = fingerprint(killed) == fingerprint(straight)
+            equal = fingerprint(killed) == expected
             different += not equal
             print(f"{number:3}  {moment:32} {left:70} {'equal' if equal else 'DIFFERENT'}", flush=True)
     print(f"{options.moments - different} of {options.moments} equal the straight run bit for bit")
@@ -94,6 +95,11 @@ def start(
     return seconds, len(begun)
 
 
+def finished(folder: Path) -> bool:
+    """Whether a run came to its end."""
+    return (folder / "result.json").exists()
+
+
 def describe(folder: Path) -> str:
     """What a killed run left."""
     metrics = folder / "metrics.jsonl"
@@ -105,7 +111,7 @@ def describe(folder: Path) -> str:
 def fingerprint(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]] | None:
     """Metrics and result without what the clock and the folder say, and a hash of every file of weights; None where
     the run has not finished."""
-    if not (folder / "result.json").exists():
+    if not finished(folder):
         return None
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]

@@ -1,6 +1,5 @@
 """Runs that are killed, stopped or out of disk, gone on with as typed, against one that nobody stopped."""
 
-import json
 import os
 import resource
 import shutil
@@ -18,22 +17,20 @@ from filelock import FileLock
 from torch import nn
 
 from configs.schema import Config
+from scripts.kill_and_resume import CLOCK
 from tests.conftest import ROOT, run_command, tiny_overrides
-from tests.test_train import PAIRS, read_json, read_lines, refused
+from tests.test_train import read_json, read_lines, refused, write_pairs
 from trainer.optim import build_optimizer, build_schedule
 
 # A second of training, so that its moments can be met; the tiny BERT drops a tenth of its activations.
 STEPS, SAVE_EVERY = 120, 10
-CLOCK = {"train/seconds", "train/queries_per_second", "train/document_tokens_per_second"}
 
 
 @pytest.fixture(scope="module")
 def keys(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments of a run, but for its folder."""
     folder = tmp_path_factory.mktemp("data")
-    pairs = folder / "pairs.jsonl"
-    rows = [{"query": query, "positive": positive, "negative": negative} for query, positive, negative in PAIRS]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = write_pairs(folder)
     return [
         *(key for key in tiny_overrides(tiny_bert, folder) if not key.startswith("output_dir=")),
         *("data=pairs", f"data.path={pairs}", f"data.evaluation_path={pairs}"),

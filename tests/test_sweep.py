@@ -1,7 +1,6 @@
 """Sweeps as a user types them: what each job leaves, how they add up, and what typing the same again does."""
 
 import csv
-import json
 import os
 import shlex
 import signal
@@ -22,7 +21,7 @@ from omegaconf import OmegaConf
 
 from configs.schema import Config, parse_config
 from tests.conftest import ROOT, run_command, tiny_overrides
-from tests.test_train import PAIRS, read_json, read_lines, refused
+from tests.test_train import read_json, read_lines, refused, write_pairs
 from train import sweep_folder
 from trainer.sweep import job_name
 
@@ -34,9 +33,7 @@ INTERRUPTED = "interrupted; the same command goes on with what is left"
 @pytest.fixture(scope="module")
 def tiny_jobs(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments that make every job a run of seconds: tiny weights, eight pairs, scored on themselves."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [{"query": query, "positive": positive, "negative": negative} for query, positive, negative in PAIRS]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_pairs(tmp_path_factory.mktemp("pairs"))
     return [
         # Each job is named and placed by the sweep.
         *(item for item in tiny_overrides(tiny_bert, path) if not item.startswith(("name=", "output_dir="))),

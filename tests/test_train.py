@@ -25,12 +25,16 @@ PAIRS = [
 ]
 
 
-@pytest.fixture
-def pairs_file(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.jsonl"
+def write_pairs(folder: Path) -> Path:
+    path = folder / "pairs.jsonl"
     rows = [{"query": query, "positive": positive, "negative": negative} for query, positive, negative in PAIRS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from architectures.factory import build_encoder
 from configs.schema import Config
 from losses import Loss, build_loss
 from losses.batch import EncodedBatch
+from scripts.kill_and_resume import CLOCK
 from trainer import loop, stop
 from trainer.data import Data
 from trainer.data.batches import StepBatches
@@ -61,7 +62,6 @@ OVERRIDES = [
 ]
 ITERATION = {"train/loss", "train/learning_rate", "train/gradient_norm", "train/seconds"}
 RATES = {"queries_per_second", "document_tokens_per_second", "padding_fraction"}
-CLOCK = {"train/seconds", "train/queries_per_second", "train/document_tokens_per_second"}
 METRICS = {"ndcg@10", "mrr@10", "map", "recall@100"}
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.schema import Config, ConfigError, as_dict, parse_config
 from tests.conftest import ROOT, run_command, tiny_overrides
-from tests.test_train import PAIRS, read_json, read_lines, refused
+from tests.test_train import read_json, read_lines, refused, write_pairs
 from trainer.tracker import Tracker, check_tracker, new_id
 
 MakeConfig = Callable[..., Config]
@@ -344,9 +344,7 @@ def test_offline_needs_no_login(make_config: MakeConfig, monkeypatch: pytest.Mon
 def tiny_tracked(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments of a tracked run of seconds: tiny weights, eight pairs, scored on themselves."""
     folder = tmp_path_factory.mktemp("tracked")
-    path = folder / "pairs.jsonl"
-    rows = [{"query": query, "positive": positive, "negative": negative} for query, positive, negative in PAIRS]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_pairs(folder)
     return [
         *tiny_overrides(tiny_bert, folder),
         *("data=pairs", f"data.path={path}", f"data.evaluation_path={path}", "trainer.batch_size=4"),
