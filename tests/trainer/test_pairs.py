@@ -101,7 +101,7 @@ def test_parquet_is_not_read_gzipped(tmp_path: Path) -> None:
         ("a.csv", b"\nquery,positive\n\nq,p\nr,s\n", ["a.csv:4", "a.csv:5"]),
         ("a.csv", b'query,positive\n"q\nq",p\nr,s\n', ["a.csv:2", "a.csv:4"]),
         ("a.json", json.dumps(EXAMPLES).encode(), ["a.json example 1", "a.json example 2"]),
-        ("a.jsonl.gz", gzip.compress(json_lines(*EXAMPLES)), ["a.jsonl.gz:1", "a.jsonl.gz:2"]),
+        ("a.jsonl.gz", gzip.compress(json_lines(*EXAMPLES), mtime=0), ["a.jsonl.gz:1", "a.jsonl.gz:2"]),
     ],
     ids=["JSON lines", "CSV", "CSV with a text over two lines", "JSON array", "gzipped"],
 )
@@ -395,7 +395,7 @@ def test_a_missing_negative_column_is_named(tmp_path: Path) -> None:
         ("a.json", b"[]"),
         ("a.csv", b""),
         ("a.csv", b"query,positive\n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_a_file_without_an_example_is_named(name: str, content: bytes, tmp_path: Path) -> None:
@@ -505,7 +505,7 @@ def test_a_row_with_too_many_cells_is_named_by_its_line(tmp_path: Path) -> None:
         ("a.jsonl", '{"query": "é", "positive": "p"}\n'.encode("latin-1")),
         ("a.csv.gz", b"no gzip"),
         ("a.jsonl.gz", b"no gzip"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 50)[:-12]),
+        ("a.jsonl.gz", gzip.compress(GOOD * 50, mtime=0)[:-12]),
     ],
     ids=["no Parquet", "CSV in Latin-1", "JSON in Latin-1", "CSV not gzipped", "JSON not gzipped", "cut gzip"],
 )
