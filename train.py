@@ -227,7 +227,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     from transformers.utils import logging as transformers_logging
 
     from architectures.factory import build_encoder
-    from losses import build_loss
+    from losses.factory import build_loss
     from trainer.console import make_console
     from trainer.display import print_end, print_start
     from trainer.loop import Stopped, TrainingError, count_steps, train
@@ -237,14 +237,15 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    backend = choose_maxsim(config)
     accelerator = build_accelerator(config)
     main_process = accelerator.is_main_process
     try:
         check_batch(config, len(data.train), accelerator.num_processes)
         check_steps(count_steps(config, len(data.train)), folder.saved_step() if resume else 0)
+        choose_maxsim(config, accelerator.device)
         set_seed(config.seed)
         encoder = build_encoder(config.backbone, config.head)
+        backend = choose_maxsim(config, accelerator.device, encoder)
         console = make_console(main=main_process)
         print_start(console, encoder, describe_run(config, data, encoder, accelerator, backend))
         for change in changes or []:
@@ -259,7 +260,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
             result = train(
                 accelerator,
                 encoder,
-                loss=build_loss(config.loss),
+                loss=build_loss(config.loss, maxsim=backend),
                 data=data,
                 config=config,
                 folder=folder,

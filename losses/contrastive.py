@@ -16,9 +16,11 @@ class ContrastiveLoss:
     2018, equation 4, with MaxSim as the score)."""
 
     temperature: float
+    maxsim: str
+    """The MaxSim backend that scores."""
 
     def __call__(self, batch: EncodedBatch) -> Tensor:
         """Return the mean over the batch's own queries in nats, a float32 scalar."""
         documents, document_mask, first = gather_texts(batch.documents, batch.document_mask)
-        scores_QN = maxsim(batch.queries, documents, batch.query_mask, document_mask)
+        scores_QN = maxsim(batch.queries, documents, batch.query_mask, document_mask, backend=self.maxsim)
         return F.cross_entropy(scores_QN / self.temperature, first + batch.positive_index)

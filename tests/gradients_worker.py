@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from architectures.factory import build_encoder
 from configs.schema import Config, parse_config
-from losses import build_loss
+from losses.factory import build_loss
 from tests.conftest import ROOT
 from trainer.console import make_console
 from trainer.data import load_data
@@ -59,7 +59,7 @@ def first_gradients(accelerator: Accelerator, config: Config) -> dict[str, Tenso
     train(
         accelerator,
         encoder,
-        loss=build_loss(config.loss),
+        loss=build_loss(config.loss, maxsim="reference"),
         data=data,
         config=config,
         folder=folder,

@@ -251,7 +251,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["backbone.name=package:no_such/model"], "backbone.name=package:no_such/model: no Python package no_such"),
         (["backbone.name=no/such-model"], "backbone.name=no/such-model is neither a folder, an installed package"),
         ([f"backbone.sha256={'0' * 64}"], f"backbone.sha256={'0' * 64}: "),
-        (["trainer.maxsim=cuda"], "trainer.maxsim=cuda: this version has no CUDA kernel; use maxsim=auto"),
+        (["trainer.maxsim=cuda"], "trainer.maxsim=cuda: the kernel needs an NVIDIA GPU, and this runs on cpu"),
         (["rerun=no/such/run"], "rerun=no/such/run: the folder has no config.yaml"),
         (["resume=no/such/run"], "resume=no/such/run: the folder has no config.yaml"),
         (["rerun=a", "resume=b"], "rerun=a resume=b: give one folder, to repeat its run or to go on with it"),

@@ -47,7 +47,7 @@ def rank(encoder: MultiVectorEncoder, retrieval: RetrievalSet, *, batch_size: in
         documents, document_mask = _pad(
             encoder.encode_document(texts, batch_size=batch_size, show_progress_bar=False), encoder
         )
-        scores = maxsim(queries, documents, query_mask, document_mask)
+        scores = maxsim(queries, documents, query_mask, document_mask, backend="reference")
         rows = torch.arange(start, stop, device=scores.device).expand(len(queries), -1)
         best, best_rows = _best(torch.cat([best, scores], dim=1), torch.cat([best_rows, rows], dim=1), DEPTH)
     # Every process sends as many columns as the largest part has; those that it lacks come last.

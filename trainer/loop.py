@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from configs.schema import Config
-from losses import Loss
+from losses.factory import Loss
 from trainer.checkpoint import TrainState, UnreadableCheckpoint, gather_random_states, set_random_state
 from trainer.data import Data
 from trainer.data.batches import Batch, StepBatches, count_steps_per_epoch

@@ -3,6 +3,7 @@
 import os
 import statistics
 import warnings
+from typing import TypedDict
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -11,7 +12,7 @@ from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 
 from configs.schema import Config, ConfigError, Precision
-from losses.maxsim import choose_backend
+from losses.maxsim import check_kernel, choose_backend, kernel_obstacle
 from trainer.data import Data
 from trainer.data.batches import count_steps_per_epoch
 from trainer.loop import count_steps
@@ -45,12 +46,22 @@ def check_steps(steps: int, done: int) -> None:
         )
 
 
-def choose_maxsim(config: Config) -> str:
-    """Return the name of the MaxSim that runs, or raise ConfigError where the one asked for cannot."""
+def choose_maxsim(config: Config, device: torch.device, encoder: MultiVectorEncoder | None = None) -> str:
+    """Return the name of the MaxSim that runs, or raise ConfigError where the one asked for cannot.
+
+    Without an encoder, whose sizes may forbid the kernel, the answer says what the machine and the precision allow.
+    With one, the kernel is compiled and held against the reference.
+    """
+    choice, vectors = config.trainer.maxsim.name, _what_maxsim_gets(config, device, encoder)
     try:
-        return choose_backend(config.trainer.maxsim.name)
+        backend = choose_backend(choice, **vectors)
+        if backend == "cuda" and encoder is not None:
+            check_kernel(device, vectors["dtype"], vectors["embedding_size"])
     except ValueError as error:
         raise ConfigError(f"trainer.{error}") from error
+    except RuntimeError as error:
+        raise ConfigError(f"trainer.maxsim={choice}: {error}\nUse trainer.maxsim=reference") from error
+    return backend
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -105,6 +116,7 @@ def describe_run(
         evaluation = f"{len(data.evaluation.queries):,} queries, {len(data.evaluation.corpus):,} documents"
     steps = count_steps(config, len(data.train))
     sample = data.train[:SAMPLE]
+    reason = kernel_obstacle(**_what_maxsim_gets(config, accelerator.device, encoder))
     return {
         "data": f"{config.data.format.name}, {len(data.train):,} training examples",
         "evaluation": evaluation,
@@ -115,9 +127,35 @@ def describe_run(
         "negatives a query": negatives,
         "steps": f"{steps:,}, {steps / count_steps_per_epoch(len(data.train), trainer.batch_size):.2f} epochs",
         "precision": f"{trainer.precision.name} on {accelerator.device.type}",
-        "MaxSim": backend,
+        "MaxSim": backend + (f", as {reason}" if backend != config.trainer.maxsim.name and reason else ""),
         "output": config.output_dir,
     }
+
+
+class _MaxSimInput(TypedDict):
+    device: torch.device
+    dtype: torch.dtype
+    embedding_size: int
+    longest_text: int
+
+
+def _what_maxsim_gets(config: Config, device: torch.device, encoder: MultiVectorEncoder | None) -> _MaxSimInput:
+    dtype = {Precision.float32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+    sizes = _MaxSimInput(device=device, dtype=dtype[config.trainer.precision], embedding_size=16, longest_text=0)
+    if encoder is not None:
+        transformer, width = encoder[0], encoder.get_embedding_dimension()
+        assert isinstance(transformer, Transformer)
+        assert width is not None
+        sizes["embedding_size"] = width
+        sizes["longest_text"] = max(_cap(transformer, task) for task in ("query", "document"))
+    return sizes
+
+
+def _cap(transformer: Transformer, task: str) -> int:
+    """Tokens that a side is cut to."""
+    assert transformer.tokenizer is not None
+    cap = transformer.query_length if task == "query" else transformer.document_length
+    return int(cap or transformer.tokenizer.model_max_length)
 
 
 def _lengths(encoder: MultiVectorEncoder, texts: list[str], task: str) -> str:
@@ -127,8 +165,7 @@ def _lengths(encoder: MultiVectorEncoder, texts: list[str], task: str) -> str:
     assert transformer.tokenizer is not None
     prompt = encoder.prompts.get(task) or ""
     lengths = [len(tokens) for tokens in transformer.tokenizer([prompt + text for text in texts])["input_ids"]]
-    cap = transformer.query_length if task == "query" else transformer.document_length
-    cap = cap or transformer.tokenizer.model_max_length
+    cap = _cap(transformer, task)
     cut = sum(length > cap for length in lengths) / len(lengths)
     limit = f"at most {cap} tokens" if cap < 10**9 else "no limit"  # tokenizers without one say 10^30
     words = f"{limit}, which cuts {cut:.0%} of {len(texts)}, whose median is {statistics.median_low(lengths)}"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from architectures.factory import build_encoder
 from configs.schema import Config
-from losses import build_loss
 from losses.batch import EncodedBatch
 from losses.contrastive import ContrastiveLoss
+from losses.factory import build_loss
 from trainer.data.batches import Batch, tokenize
 from trainer.encoding import encode_batch
 
@@ -75,7 +75,7 @@ def test_value_and_gradients_equal_the_loop(num_negatives: int, temperature: flo
     batch = make_batch(num_negatives)
     value, query_gradient, document_gradient = loop_loss(batch, temperature)
 
-    loss = ContrastiveLoss(temperature=temperature)(batch)
+    loss = ContrastiveLoss(temperature=temperature, maxsim="reference")(batch)
     loss.backward()
 
     # Both sides are float64: the default tolerance of 1e-7 is far above their rounding.
@@ -94,7 +94,7 @@ def test_the_positive_is_the_document_that_positive_index_names() -> None:
         document_mask=batch.document_mask[order],
         positive_index=order.argsort()[:3],
     )
-    loss = ContrastiveLoss(temperature=0.5)
+    loss = ContrastiveLoss(temperature=0.5, maxsim="reference")
     assert moved.positive_index.tolist() == [2, 4, 1]
     assert loss(moved).item() == pytest.approx(loss(batch).item(), rel=1e-12)
 
@@ -108,19 +108,21 @@ def test_documents_that_all_score_the_same_cost_the_log_of_their_number() -> Non
         document_mask=batch.document_mask[:1].expand(7, -1),
         positive_index=batch.positive_index,
     )
-    assert ContrastiveLoss(temperature=0.05)(same).item() == pytest.approx(math.log(7), rel=1e-12)
+    assert ContrastiveLoss(temperature=0.05, maxsim="reference")(same).item() == pytest.approx(math.log(7), rel=1e-12)
 
 
 def test_bfloat16_vectors_give_a_float32_loss_of_the_same_value() -> None:
     half = make_batch(4, dtype=torch.bfloat16)
-    loss = ContrastiveLoss(temperature=0.05)(half)
+    loss = ContrastiveLoss(temperature=0.05, maxsim="reference")(half)
     assert loss.dtype == torch.float32
     # The loop reads the rounded vectors, so only float32 sums of at most 4 / 0.05 = 80 are between the two.
     assert loss.item() == pytest.approx(loop_loss(half, 0.05)[0], abs=1e-4)
 
 
 def test_the_config_gives_the_loss_its_temperature(make_config: Callable[..., Config]) -> None:
-    assert build_loss(make_config("loss.temperature=0.05").loss) == ContrastiveLoss(temperature=0.05)
+    assert build_loss(make_config("loss.temperature=0.05").loss, maxsim="cuda") == ContrastiveLoss(
+        temperature=0.05, maxsim="cuda"
+    )
 
 
 QUERIES = ["what is a cat", "which animal barks", "a fish", "what swims"]
@@ -157,7 +159,9 @@ def test_equals_the_loss_of_sentence_transformers_in_value_and_in_every_gradient
         rows=[0, 1, 2, 3],
         share=1.0,
     )
-    ours = ContrastiveLoss(temperature=temperature)(encode_batch(encoder, batch, torch.device("cpu")))
+    ours = ContrastiveLoss(temperature=temperature, maxsim="reference")(
+        encode_batch(encoder, batch, torch.device("cpu"))
+    )
     ours.backward()
 
     # Scores of up to 8 / temperature carry an error of 6e-8 of that, and so do the softmax and its gradient.

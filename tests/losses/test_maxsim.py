@@ -1,12 +1,21 @@
 """MaxSim against a triple loop in float64, at every corner of its contract."""
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from losses.maxsim import choose_backend, maxsim, maxsim_candidates, reference
+from losses.maxsim import (
+    BACKENDS,
+    Packed,
+    choose_backend,
+    maxsim,
+    maxsim_candidates,
+    maxsim_packed,
+    reference,
+)
 
 # Sums of a few products of float32 numbers near 1.
 FLOAT32 = 1e-5
@@ -54,6 +63,7 @@ def test_all_pairs_equal_the_triple_loop_in_value_and_gradient(
     dtype: torch.dtype, block_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(reference, "BLOCK_ROWS", 5)
     generator = torch.Generator().manual_seed(1)
     queries = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
     documents = torch.randn(6, 7, 5, generator=generator, dtype=torch.float64)
@@ -130,6 +140,30 @@ def test_a_masked_query_token_adds_nothing_and_gets_no_gradient() -> None:
     assert queries.grad.tolist() == [[[0.25, 0.5], [0.0, 0.0]]]
 
 
+@pytest.mark.parametrize("operator", [maxsim, maxsim_candidates])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_a_masked_vector_holds_reaches_no_score_and_no_gradient(
+    wrong: float, operator: Callable[..., Tensor]
+) -> None:
+    generator = torch.Generator().manual_seed(10)
+    candidates = (3,) if operator is maxsim_candidates else ()
+    queries = torch.randn(2, 4, 8, generator=generator, dtype=torch.float64)
+    documents = torch.randn(2, *candidates, 6, 8, generator=generator, dtype=torch.float64)
+    query_mask, document_mask = holey_masks(generator, (2, 4), documents.shape[:-1])
+    document_mask[1] = False
+    found = []
+    for value in (0.0, wrong):
+        left = queries.masked_fill(~query_mask[..., None], value).requires_grad_()
+        right = documents.masked_fill(~document_mask[..., None], value).requires_grad_()
+        scores = operator(left, right, query_mask, document_mask)
+        scores.square().sum().backward()
+        found.append((scores, left.grad, right.grad))
+    for clean, ours in zip(*found, strict=True):
+        assert ours is not None
+        assert ours.isfinite().all()
+        assert torch.equal(clean, ours)
+
+
 def test_a_document_without_a_scored_token_scores_zero_and_gets_no_gradient() -> None:
     queries = torch.randn(2, 3, 4, requires_grad=True)
     documents = torch.randn(2, 5, 4, requires_grad=True)
@@ -194,9 +228,11 @@ def test_similarities_of_all_pairs_are_never_held_at_once(monkeypatch: pytest.Mo
     sizes: list[int] = []
     similarity = reference._similarity
 
-    def spy(queries: Tensor, documents: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        sizes.append(queries.shape[0] * queries.shape[1] * documents.shape[0] * documents.shape[1])
-        return similarity(queries, documents, mask, dtype)
+    def spy(documents: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
+        result = similarity(documents, rows, buffer)
+        assert result.numel() <= buffer.numel() <= 1000
+        sizes.append(result.numel())
+        return result
 
     monkeypatch.setattr(reference, "_similarity", spy)
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1000)
@@ -220,32 +256,174 @@ def test_empty_sides_score_zero(queries: tuple[int, ...], documents: tuple[int, 
     assert not left.grad.any()
 
 
-Break = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("broken", "message"),
+    ("broken", "kind", "message"),
     [
-        ({"documents": torch.randn(2, 5, 3)}, "embedding sizes differ: queries 4, documents 3"),
-        ({"query_mask": torch.ones(2, 3)}, "query_mask must be bool"),
-        ({"document_mask": torch.ones(2, 4, dtype=torch.bool)}, "document_mask is"),
-        ({"documents": torch.randn(2, 5, 4, dtype=torch.float64)}, "they must be of one type"),
-        ({"queries": torch.randn(3, 4)}, "queries must have 3"),
-        ({"queries": torch.ones(2, 3, 4, dtype=torch.int64)}, "query vectors must be floating point"),
+        ({"documents": torch.randn(2, 5, 3)}, ValueError, "embedding sizes differ: queries 4, documents 3"),
+        ({"query_mask": torch.ones(2, 3)}, TypeError, "query_mask must be bool, got torch.float32"),
+        (
+            {"document_mask": torch.ones(2, 4, dtype=torch.bool)},
+            ValueError,
+            "document_mask is (2, 4), its vectors are (2, 5, 4)",
+        ),
+        (
+            {"documents": torch.randn(2, 5, 4, dtype=torch.float64)},
+            TypeError,
+            "queries are torch.float32 and documents torch.float64: they must be of one type",
+        ),
+        (
+            {"queries": torch.randn(3, 4)},
+            ValueError,
+            "queries must have 3 and documents 3 dimensions; got (3, 4) and (2, 5, 4)",
+        ),
+        (
+            {"queries": torch.ones(2, 3, 4, dtype=torch.int64)},
+            TypeError,
+            "query vectors must be floating point, got torch.int64",
+        ),
+        (
+            {"documents": torch.empty(2, 5, 4, device="meta"), "document_mask": torch.ones(2, 5, dtype=torch.bool)},
+            ValueError,
+            "queries are on cpu and documents on meta: put them on one",
+        ),
+        (
+            {"document_mask": torch.empty(2, 5, dtype=torch.bool, device="meta")},
+            ValueError,
+            "document_mask is on meta, its vectors are on cpu",
+        ),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(broken: dict[str, Tensor], message: str) -> None:
+def test_inputs_that_do_not_fit_are_refused(
+    broken: dict[str, Tensor], kind: type[Exception], message: str, backend: str
+) -> None:
     inputs = {
         "queries": torch.randn(2, 3, 4),
         "documents": torch.randn(2, 5, 4),
         "query_mask": torch.ones(2, 3, dtype=torch.bool),
         "document_mask": torch.ones(2, 5, dtype=torch.bool),
     }
-    with pytest.raises(ValueError, match=message):
-        maxsim(**(inputs | broken))
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        maxsim(**(inputs | broken), backend=backend)
 
 
-def test_auto_takes_the_reference_and_cuda_says_what_to_use_instead() -> None:
-    assert choose_backend("auto") == "reference"
-    with pytest.raises(ValueError, match=r"maxsim=cuda: .* use maxsim=auto or maxsim=reference"):
-        choose_backend("cuda")
+@pytest.mark.parametrize(
+    ("broken", "kind", "message"),
+    [
+        (
+            Packed(torch.randn(2, 3, 4), torch.tensor([0, 2]), 2),
+            ValueError,
+            "packed queries must be (tokens, H) with offsets (texts + 1,); got (2, 3, 4) and (2,)",
+        ),
+        (
+            Packed(torch.randn(3, 4), torch.tensor([0, 3], dtype=torch.int32), 3),
+            TypeError,
+            "the offsets of packed queries must be int64, got torch.int32",
+        ),
+        (
+            Packed(torch.randn(3, 4), torch.tensor([0, 3], device="meta"), 3),
+            ValueError,
+            "the offsets of packed queries are on meta, the vectors on cpu",
+        ),
+        (
+            Packed(torch.randn(3, 5), torch.tensor([0, 3]), 3),
+            ValueError,
+            "embedding sizes differ: queries 5, documents 4",
+        ),
+        (
+            Packed(torch.randn(3, 4), torch.tensor([0, 2, 3]), 2),
+            ValueError,
+            "2 queries with 2 candidates each, but 2 documents",
+        ),
+    ],
+)
+def test_packed_inputs_that_do_not_fit_are_refused(broken: Packed, kind: type[Exception], message: str) -> None:
+    documents = Packed(torch.randn(7, 4), torch.tensor([0, 3, 7]), 4)
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        maxsim_packed(broken, documents, candidates=2)
+
+
+@pytest.mark.parametrize("candidates", [None, 2])
+def test_packed_vectors_score_as_padded_ones_in_value_and_gradient(candidates: int | None) -> None:
+    generator = torch.Generator().manual_seed(7)
+    sides: list[tuple[Tensor, Packed]] = []
+    for lengths in ([3, 0, 2], [4, 1, 0, 5, 2, 2]):
+        vectors = torch.randn(sum(lengths), 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        sides.append((vectors, Packed(vectors, offsets, max(lengths))))
+    (queries, packed_queries), (documents, packed_documents) = sides
+    scores = maxsim_packed(packed_queries, packed_documents, candidates=candidates)
+    weights = torch.randn(scores.shape, generator=generator, dtype=torch.float64)
+    (scores * weights).sum().backward()
+
+    expected, gradients = torch.zeros_like(scores), (torch.zeros_like(queries), torch.zeros_like(documents))
+    for q in range(3):
+        own = slice(packed_queries.offsets[q], packed_queries.offsets[q + 1])
+        for column in range(scores.shape[1]):
+            n = column if candidates is None else q * candidates + column
+            other = slice(packed_documents.offsets[n], packed_documents.offsets[n + 1])
+            left, right = queries[own].detach(), documents[other].detach()
+            all_left, all_right = (torch.ones(len(side), dtype=torch.bool) for side in (left, right))
+            expected[q, column], dq, dd = loop_score(left, right, all_left, all_right)
+            gradients[0][own] += weights[q, column] * dq
+            gradients[1][other] += weights[q, column] * dd
+    torch.testing.assert_close(scores, expected)
+    for side, gradient in zip((queries, documents), gradients, strict=True):
+        assert side.grad is not None
+        torch.testing.assert_close(side.grad, gradient)
+
+
+def test_auto_takes_the_reference_on_a_cpu_and_cuda_says_what_to_use_instead() -> None:
+    machine = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "embedding_size": 128, "longest_text": 32}
+    assert choose_backend("auto", **machine) == "reference"  # type: ignore[arg-type]
+    assert choose_backend("reference", **machine) == "reference"  # type: ignore[arg-type]
+    message = (
+        "maxsim=cuda: the kernel needs an NVIDIA GPU, and this runs on cpu; or use maxsim=auto or maxsim=reference"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        choose_backend("cuda", **machine)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^maxsim=fast must be one of auto, cuda, reference$"):
+        choose_backend("fast", **machine)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_operator_passes_the_checks_of_torch(backend: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    queries = torch.randn(2, 3, 4, generator=generator, requires_grad=True)
+    documents = torch.randn(4, 5, 4, generator=generator, requires_grad=True)
+    query_mask, document_mask = holey_masks(generator, (2, 3), (4, 5))
+    for candidates in (0, 2):
+        inputs = queries, documents, query_mask, document_mask, None, None, 3, 5, candidates, backend, True
+        assert set(torch.library.opcheck(torch.ops.lateforge.maxsim, inputs).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("operator", [maxsim, maxsim_candidates])
+def test_a_compiled_function_has_one_graph_and_the_same_bits(operator: Callable[..., Tensor]) -> None:
+    generator = torch.Generator().manual_seed(9)
+
+    def run(score: Callable[..., Tensor], texts: int) -> tuple[Tensor, ...]:
+        generator.manual_seed(texts)
+        shape = (texts, 5, 4) if operator is maxsim else (texts, 3, 5, 4)
+        queries = torch.randn(texts, 3, 4, generator=generator, requires_grad=True)
+        documents = torch.randn(shape, generator=generator, requires_grad=True)
+        masks = holey_masks(generator, (texts, 3), shape[:-1])
+        scores = score(queries, documents, *masks)
+        scores.square().sum().backward()
+        assert queries.grad is not None
+        assert documents.grad is not None
+        return scores.detach(), queries.grad, documents.grad
+
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager", dynamic=True)
+    for texts in (2, 6, 9):
+        for ours, eager in zip(run(compiled, texts), run(operator, texts), strict=True):
+            assert torch.equal(ours, eager)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    queries = torch.randn(1, 2, 4, requires_grad=True)
+    masks = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
+    (gradient,) = torch.autograd.grad(
+        maxsim(queries, torch.randn(1, 3, 4, requires_grad=True), *masks).sum(), queries, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="MaxSim has no second derivative"):
+        gradient.sum().backward()

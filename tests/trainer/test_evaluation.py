@@ -116,7 +116,7 @@ def lay_out_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Less than a process has of the largest corpus.
     monkeypatch.setattr(evaluation, "BLOCK_DOCUMENTS", 7)
     # Below 0, where a document that a process lacks would win by a score of 0.
-    monkeypatch.setattr(evaluation, "maxsim", lambda *arguments: maxsim(*arguments) - 9)
+    monkeypatch.setattr(evaluation, "maxsim", lambda *arguments, **backend: maxsim(*arguments, **backend) - 9)
 
 
 def retrievals_of_processes() -> list[RetrievalSet]:

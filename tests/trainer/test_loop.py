@@ -25,8 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from architectures.factory import build_encoder
 from configs.schema import Config
-from losses import Loss, build_loss
 from losses.batch import EncodedBatch
+from losses.factory import Loss, build_loss
 from scripts.kill_and_resume import CLOCK
 from trainer import loop, stop
 from trainer.data import Data
@@ -111,7 +111,7 @@ def run(
         result = train(
             Accelerator(cpu=True, mixed_precision=mixed_precision),
             encoder,
-            loss=loss or build_loss(config.loss),
+            loss=loss or build_loss(config.loss, maxsim="reference"),
             data=data or make_data(),
             config=config,
             folder=folder,
@@ -594,7 +594,7 @@ def beside(make_config: MakeConfig, name: str) -> list[str]:
 
 def dying(config: Config, *, step: int) -> Loss:
     """The loss of the config, until it is asked for that of a step, counted from 1 in this process."""
-    loss, calls = build_loss(config.loss), []
+    loss, calls = build_loss(config.loss, maxsim="reference"), []
 
     def until(batch: EncodedBatch) -> Tensor:
         calls.append(batch)
@@ -607,7 +607,7 @@ def dying(config: Config, *, step: int) -> Loss:
 
 def signalling(config: Config, number: signal.Signals, *, step: int, times: int = 1) -> Loss:
     """The loss of the config, which sends this process a signal in the middle of a step."""
-    loss, calls = build_loss(config.loss), []
+    loss, calls = build_loss(config.loss, maxsim="reference"), []
 
     def with_signal(batch: EncodedBatch) -> Tensor:
         calls.append(batch)

@@ -14,11 +14,12 @@ from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 
 from configs.schema import Config, ConfigError
+from losses.maxsim import kernels
 from trainer import plan
 from trainer.data import Data
 from trainer.data.batches import cut
 from trainer.data.retrieval import RetrievalSet
-from trainer.plan import build_accelerator, check_batch, check_steps, describe_run
+from trainer.plan import build_accelerator, check_batch, check_steps, choose_maxsim, describe_run
 
 MakeConfig = Callable[..., Config]
 
@@ -356,8 +357,68 @@ def test_the_remaining_facts_are_those_of_config_and_data(encoder: MultiVectorEn
     assert facts["data"] == "python_functions, 5 training examples"
     assert facts["evaluation"] == "2 queries, 1,234 documents"
     assert facts["precision"] == "bf16 on cpu"
-    assert facts["MaxSim"] == "reference"
+    assert facts["MaxSim"] == "reference, as the kernel needs an NVIDIA GPU, and this runs on cpu"
     assert facts["output"] == config.output_dir
+
+
+def test_a_maxsim_that_was_asked_for_stands_without_a_reason(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    assert describe(encoder, make_config("trainer.maxsim=reference"))["MaxSim"] == "reference"
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_kernel_that_cannot_run_here_is_refused_before_there_is_an_encoder(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_maxsim(make_config("trainer.maxsim=cuda"), CPU)
+    assert str(caught.value) == (
+        "trainer.maxsim=cuda: the kernel needs an NVIDIA GPU, and this runs on cpu; "
+        "or use maxsim=auto or maxsim=reference"
+    )
+    assert choose_maxsim(make_config(), CPU) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refusal"),
+    [
+        ((), "the kernel takes bfloat16 and float16, not float32: set trainer.precision=bf16"),
+        (("trainer.precision=bf16",), "the kernel takes embedding sizes that 16 divides, up to 256, not 24"),
+    ],
+)
+def test_what_the_kernel_gets_is_that_of_precision_and_encoder(
+    overrides: tuple[str, ...],
+    refusal: str,
+    encoder: MultiVectorEncoder,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "_machine_obstacle", lambda device: None)
+    monkeypatch.setattr(encoder, "get_embedding_dimension", lambda: 24)
+    assert choose_maxsim(make_config(*overrides), CPU, encoder) == "reference"
+    with pytest.raises(ConfigError) as caught:
+        choose_maxsim(make_config("trainer.maxsim=cuda", *overrides), CPU, encoder)
+    assert str(caught.value) == f"trainer.maxsim=cuda: {refusal}; or use maxsim=auto or maxsim=reference"
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_a_kernel_that_fails_its_check_stops_the_run_with_what_it_said(
+    choice: str, encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("NVRTC 13.0 cannot compile for sm_90a\nforward.cuh(7): error")
+
+    monkeypatch.setattr(kernels, "obstacle", lambda *arguments: None)
+    monkeypatch.setattr(plan, "check_kernel", fail)
+    config = make_config(f"trainer.maxsim={choice}", "trainer.precision=bf16")
+    assert choose_maxsim(config, CPU) == "cuda"
+    with pytest.raises(ConfigError) as caught:
+        choose_maxsim(config, CPU, encoder)
+    assert str(caught.value) == (
+        f"trainer.maxsim={choice}: NVRTC 13.0 cannot compile for sm_90a\nforward.cuh(7): error\n"
+        "Use trainer.maxsim=reference"
+    )
 
 
 def test_a_run_that_asks_for_no_score_says_so(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:

@@ -1,0 +1,212 @@
+// The backward kernels: rows of vectors, gathered by the saved winners and summed in float32 in a fixed order. Each row of
+// a gradient has one owner that writes it once, so there is no atomic addition, and the same inputs give the same bits.
+//
+// A pair of query and document whose gradient is exactly 0 is left out.
+
+// Queries: the gradient of a row is the sum of its winners, over the documents in their order.
+//
+// grid: a block a slab (upper bound); block: QUERY_WARPS warps, of SLAB / QUERY_WARPS rows each. LANES lanes read one
+// vector in chunks of 16 bytes, so a warp reads READS documents at once. The winners of STAGED documents lie in shared
+// memory at a time.
+
+constexpr int QUERY_ROWS = SLAB / QUERY_WARPS;
+constexpr int LANES = CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
+constexpr int READS = 32 / LANES;
+static_assert(QUERY_SHARED_BYTES == STAGED * (SLAB * (int)sizeof(i64) + (int)sizeof(float)));
+
+extern "C" __global__ void __launch_bounds__(QUERY_WARPS * 32, 2) query_gradient(const __grid_constant__ Arguments a) {
+    const int slab = blockIdx.x;
+    if (slab >= a.slab_starts[a.num_queries]) return;
+    i64* winner_rows = (i64*)shared_memory();  // (STAGED, SLAB) rows of `documents`, -1 = none
+    float* weights = (float*)(winner_rows + STAGED * SLAB);
+    const int query = a.slab_queries[slab], first = (slab - a.slab_starts[query]) * SLAB;
+    const int rows = min(SLAB, a.query_lengths[query] - first);
+    const int own_row = threadIdx.x / 32 * QUERY_ROWS, lane = threadIdx.x % 32, chunk = lane % LANES;
+    const Documents documents = documents_of(a, query);
+    const int row_in_winners = (slab - base_slab(a, query)) * SLAB;
+
+    float sums[QUERY_ROWS][8] = {};
+    for (int start = 0; start < documents.count; start += STAGED) {
+        __syncthreads();  // the winners staged before are used
+        for (int i = threadIdx.x; i < STAGED * SLAB; i += blockDim.x) {
+            const int staged = i / SLAB, row = i % SLAB;
+            i64 winner_row = -1;
+            if (start + staged < documents.count) {
+                const int document = documents.first + start + staged;
+                const float weight = a.gradient[(i64)query * documents.count + start + staged];
+                const u16 winner = a.winners[(i64)document * a.slabs * SLAB + row_in_winners + row];
+                if (winner != NO_WINNER && weight != 0) {
+                    const i64 first_row = first_token(a.document_offsets, document, a.document_tokens);
+                    winner_row = first_row + document_position(a, first_row, winner);
+                }
+                if (row == 0) weights[staged] = weight;
+            }
+            winner_rows[i] = winner_row;
+        }
+        __syncthreads();
+        constexpr int AHEAD = 4;  // documents whose vectors are on their way, times QUERY_ROWS
+        for (int block = 0; block < STAGED; block += READS * AHEAD) {
+            Chunk vectors[AHEAD][QUERY_ROWS];
+            bool present[AHEAD][QUERY_ROWS];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+                for (int row = 0; row < QUERY_ROWS; row++) {
+                    const int staged = block + i * READS + lane / LANES;
+                    const i64 from = staged < STAGED ? winner_rows[staged * SLAB + own_row + row] : -1;
+                    present[i][row] = from >= 0 && chunk < CHUNKS;
+                    if (present[i][row]) vectors[i][row] = ((const Chunk*)a.documents)[from * CHUNKS + chunk];
+                }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+                for (int row = 0; row < QUERY_ROWS; row++)
+                    if (present[i][row]) {
+                        const float weight = weights[block + i * READS + lane / LANES];
+#pragma unroll
+                        for (int pair = 0; pair < 4; pair++) {
+                            float low, high;
+                            unpack_halves(vectors[i][row].pairs[pair], low, high);
+                            sums[row][pair * 2] += weight * low;
+                            sums[row][pair * 2 + 1] += weight * high;
+                        }
+                    }
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < QUERY_ROWS; row++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+#pragma unroll
+            for (int distance = LANES; distance < 32; distance *= 2)
+                sums[row][i] += __shfl_xor_sync(~0u, sums[row][i], distance);
+        if (own_row + row < rows && lane < CHUNKS) {
+            Chunk vector;
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++)
+                vector.pairs[pair] = pack_halves(sums[row][pair * 2], sums[row][pair * 2 + 1]);
+            ((Chunk*)a.query_gradient)[query_row(a, query, first + own_row + row) * CHUNKS + lane] = vector;
+        }
+    }
+}
+
+// Documents: the gradient of a token is the sum of the query tokens that it won, in the queries' order.
+//
+// A warp owns SLICE dimensions of RANGE tokens of one document, and sums in shared memory that no other warp touches, a
+// lane two dimensions: a token that wins everywhere costs no more than another. It goes over the document's winners,
+// keeps those of its own tokens in a list, and adds 32 of them at a time.
+//
+// grid: warps of all documents, ranges and slices over DOCUMENT_WARPS; block: DOCUMENT_WARPS warps.
+
+constexpr int SLICES = (EMBEDDING + SLICE - 1) / SLICE;
+// Of SCANNED winners looked at in one go none to all are listed, after up to 31 that wait.
+constexpr int LISTED = SCANNED + 32;
+constexpr int DOCUMENT_WARP_BYTES = RANGE * SLICE * (int)sizeof(float) + LISTED * 2 * (int)sizeof(int);
+static_assert(DOCUMENT_SHARED_BYTES == DOCUMENT_WARPS * DOCUMENT_WARP_BYTES);
+
+struct alignas(8) Pair {  // a lane's two dimensions, one access
+    float low, high;
+};
+
+// Add `count` of up to 32 listed winners to the lane's column of sums.
+__device__ __forceinline__ void add_winners(const Arguments& a, const int* rows, const int* tokens, int count,
+                                            int document, int first_slab, int dimension, Pair* sums) {
+    const int lane = threadIdx.x % 32;
+    int source = -1, token = 0;
+    float weight = 0;
+    if (lane < count) {
+        const int slab = first_slab + rows[lane] / SLAB, query = a.slab_queries[slab];
+        const Documents documents = documents_of(a, query);
+        weight = a.gradient[(i64)query * documents.count + document - documents.first];
+        token = tokens[lane];
+        if (weight != 0) source = (int)query_row(a, query, (slab - a.slab_starts[query]) * SLAB + rows[lane] % SLAB);
+    }
+    constexpr int AHEAD = 8;  // vectors on their way
+    for (int start = 0; start < count; start += AHEAD) {
+        u32 pairs[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int from = __shfl_sync(~0u, source, start + i);
+            if (from >= 0 && dimension < EMBEDDING)
+                pairs[i] = ((const u32*)a.queries)[((i64)from * EMBEDDING + dimension) / 2];
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int from = __shfl_sync(~0u, source, start + i), to = __shfl_sync(~0u, token, start + i);
+            const float factor = __shfl_sync(~0u, weight, start + i);
+            if (from >= 0 && dimension < EMBEDDING) {
+                float low, high;
+                unpack_halves(pairs[i], low, high);
+                const Pair sum = sums[to * (SLICE / 2)];
+                sums[to * (SLICE / 2)] = {sum.low + factor * low, sum.high + factor * high};
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(DOCUMENT_WARPS * 32, 3) document_gradient(const __grid_constant__ Arguments a) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int ranges = (a.document_tokens + RANGE - 1) / RANGE;
+    const i64 part = (i64)blockIdx.x * DOCUMENT_WARPS + warp;
+    const i64 owner = part / SLICES / ranges;
+    if (owner >= a.num_documents) return;
+    const int document = (int)owner, begin = (int)(part / SLICES % ranges) * RANGE;
+    const int dimension = (int)(part % SLICES) * SLICE + lane * 2;
+    const i64 first_row = first_token(a.document_offsets, document, a.document_tokens);
+    const int tokens = min(RANGE, token_count(a.document_offsets, document, a.document_tokens) - begin);
+    if (tokens <= 0) return;
+
+    unsigned char* own_memory = shared_memory() + warp * DOCUMENT_WARP_BYTES;
+    Pair* sums = (Pair*)own_memory + lane;  // (RANGE, SLICE / 2), from the lane's column on
+    int* listed_rows = (int*)(own_memory + RANGE * SLICE * sizeof(float));
+    int* listed_tokens = listed_rows + LISTED;
+    for (int token = 0; token < tokens; token++) sums[token * (SLICE / 2)] = {0, 0};
+
+    const int query = a.candidates ? document / a.candidates : 0;
+    const int end_query = a.candidates ? query + 1 : a.num_queries;
+    const int first_slab = a.slab_starts[query], rows = (a.slab_starts[end_query] - first_slab) * SLAB;
+    const u16* winners = a.winners + (i64)document * a.slabs * SLAB;
+    int listed = 0;
+    for (int start = 0; start < rows; start += SCANNED) {
+        int token[SCANNED / 32];
+#pragma unroll
+        for (int i = 0; i < SCANNED / 32; i++) {
+            const int row = start + i * 32 + lane;
+            token[i] = row < rows ? winners[row] : NO_WINNER;
+        }
+#pragma unroll
+        for (int i = 0; i < SCANNED / 32; i++)
+            token[i] = token[i] == NO_WINNER ? -1 : document_position(a, first_row, token[i]) - begin;
+#pragma unroll
+        for (int i = 0; i < SCANNED / 32; i++) {
+            const bool own = token[i] >= 0 && token[i] < tokens;
+            const u32 ballot = __ballot_sync(~0u, own);
+            const int place = listed + __popc(ballot & ((1u << lane) - 1));
+            if (own) {
+                listed_rows[place] = start + i * 32 + lane;
+                listed_tokens[place] = token[i];
+            }
+            listed += __popc(ballot);
+        }
+        __syncwarp();
+        int added = 0;
+        for (; added + 32 <= listed; added += 32)
+            add_winners(a, listed_rows + added, listed_tokens + added, 32, document, first_slab, dimension, sums);
+        if (added) {
+            listed -= added;
+            const int row = lane < listed ? listed_rows[added + lane] : 0;
+            const int waiting = lane < listed ? listed_tokens[added + lane] : 0;
+            __syncwarp();
+            listed_rows[lane] = row;
+            listed_tokens[lane] = waiting;
+            __syncwarp();
+        }
+    }
+    add_winners(a, listed_rows, listed_tokens, listed, document, first_slab, dimension, sums);
+    if (dimension >= EMBEDDING) return;
+    u32* gradient = (u32*)(a.document_gradient + (first_row + begin) * EMBEDDING + dimension);
+    for (int token = 0; token < tokens; token++) {
+        const Pair sum = sums[token * (SLICE / 2)];
+        gradient[(i64)token * EMBEDDING / 2] = pack_halves(sum.low, sum.high);
+    }
+}
