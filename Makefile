@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test
+.PHONY: train test gpu gpu-check gpu-sanitize gpu-train gpu-benchmark
 train: $(VENV)/installed-quickstart
 	$(BIN)/python train.py experiment=quickstart overwrite=true
 
@@ -22,3 +22,31 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11: name another, as in make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
+
+# What a GPU must show, part by part, none longer than 8 minutes; the first that fails ends it. Nothing is installed:
+# $(PYTHON) has torch with CUDA, and for gpu-train all that train.py needs.
+LIMITED := timeout --signal=INT --kill-after=10 480
+gpu:
+	$(MAKE) gpu-check
+	$(MAKE) gpu-sanitize
+	$(MAKE) gpu-train
+	$(MAKE) gpu-benchmark
+
+gpu-check:
+	$(LIMITED) $(PYTHON) scripts/check_maxsim.py
+
+# Without torch's cache of memory, so that each tensor ends where its memory ends.
+gpu-sanitize:
+	@sanitizer=$$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); \
+	if [ -z "$$sanitizer" ]; then echo "gpu-sanitize is NOT done: there is no compute-sanitizer"; exit 0; fi; \
+	for tool in memcheck racecheck; do \
+		echo "$$sanitizer --tool $$tool"; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(subst 480,240,$(LIMITED)) "$$sanitizer" --tool $$tool --error-exitcode 1 \
+			$(PYTHON) scripts/check_maxsim.py small=true || exit 1; \
+	done
+
+gpu-train:
+	$(LIMITED) $(PYTHON) scripts/compare_maxsim_training.py
+
+gpu-benchmark:
+	$(LIMITED) $(PYTHON) scripts/benchmark_maxsim.py device=cuda readme=true

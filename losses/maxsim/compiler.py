@@ -58,7 +58,7 @@ def compile_with_log(source: str, *, architecture: str, defines: Mapping[str, in
     its neighbours where ptxas serialises wgmma.
     Raises CompileError.
     """
-    version = _version()
+    version = nvrtc_version()
     from cuda.bindings import nvrtc
 
     options = [f"--gpu-architecture={architecture}", *OPTIONS, *(f"-D{name}={defines[name]}" for name in defines)]
@@ -86,7 +86,8 @@ def cache_folder() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "lateforge" / "maxsim"
 
 
-def _version() -> str:
+def nvrtc_version() -> str:
+    """The version of the compiler, as `13.0`; it decides, with the source, what a cubin is. Raises CompileError."""
     missing = unavailable()
     if missing is not None:
         raise CompileError(missing)
@@ -97,7 +98,7 @@ def _version() -> str:
 
 
 def _key(source: str, architecture: str, defines: Mapping[str, int]) -> str:
-    decisive = [source, architecture, sorted(defines.items()), OPTIONS, _version()]
+    decisive = [source, architecture, sorted(defines.items()), OPTIONS, nvrtc_version()]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
@@ -27,7 +28,9 @@ from architectures.factory import build_encoder
 from configs.schema import Config
 from losses.batch import EncodedBatch
 from losses.factory import Loss, build_loss
+from losses.maxsim import kernels
 from scripts.kill_and_resume import CLOCK
+from tests.losses import emulation
 from trainer import loop, stop
 from trainer.data import Data
 from trainer.data.batches import StepBatches
@@ -1005,3 +1008,29 @@ def test_bf16_changes_the_forward_pass_and_leaves_the_weights_in_float32(make_co
     # bfloat16 has 8 bits: 1/256 of scores near 8, which a temperature of 0.5 doubles.
     assert losses["bf16"] == pytest.approx(losses["float32"], abs=0.06)
     assert losses["bf16"] != losses["float32"]
+
+
+@pytest.mark.parametrize("sm90", [False, True], ids=["forward", "forward_sm90"])
+def test_training_by_the_kernels_follows_the_reference(
+    sm90: bool, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kernels_of_the_host = cache(lambda *vectors: emulation.program(tmp_path, *vectors[1:], sm90=sm90))
+    monkeypatch.setattr(kernels, "load", kernels_of_the_host)
+    monkeypatch.setattr(kernels, "_machine_obstacle", lambda device: None)
+    runs = {}
+    for backend in ("cuda", "reference"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = make_config(*OVERRIDES, "trainer.precision=bf16", *beside(make_config, backend))
+        torch.manual_seed(3)
+        encoder = without_dropout(build_encoder(config.backbone, config.head))
+        loss = build_loss(config.loss, maxsim=backend)
+        runs[backend] = run(encoder, config, loss=loss, mixed_precision="bf16")
+    module = kernels_of_the_host(torch.device("cpu"), encoder.get_embedding_dimension(), torch.bfloat16).module
+    assert isinstance(module, emulation.EmulatedModule)
+    launched = ["index_queries", "index_documents", "forward_sm90" if sm90 else "forward", "sum_slabs"]
+    assert module.launched == [*launched, "query_gradient", "document_gradient"] * 5
+    # The kernels' vectors are bfloat16 (8 bits), the reference's are not.
+    ours, theirs = (torch.cat([gradient.flatten() for gradient in run.gradients[0]]) for run in runs.values())
+    assert torch.linalg.vector_norm(ours - theirs) <= 0.03 * torch.linalg.vector_norm(theirs)
+    ours, theirs = (torch.tensor([line["train/loss"] for line in run.metrics[1:]]) for run in runs.values())
+    torch.testing.assert_close(ours, theirs, atol=0.06, rtol=0)
