@@ -155,7 +155,7 @@ def _cap(transformer: Transformer, task: str) -> int:
     """Tokens that a side is cut to."""
     assert transformer.tokenizer is not None
     cap = transformer.query_length if task == "query" else transformer.document_length
-    return int(cap or transformer.tokenizer.model_max_length)
+    return int(cap or transformer.max_seq_length or transformer.tokenizer.model_max_length)
 
 
 def _lengths(encoder: MultiVectorEncoder, texts: list[str], task: str) -> str:

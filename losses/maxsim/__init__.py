@@ -41,7 +41,8 @@ class Packed:
     vectors: Tensor
     """(tokens, H)"""
     offsets: Tensor
-    """(texts + 1) int64, rising: the first token of each text, and the end of the last."""
+    """(texts + 1) int64, rising: the first token of each text, and the end of the last. Checked on a CPU only: to look
+    on a GPU would wait for it."""
     longest: int
     """Tokens of the longest text, or more; a text that is longer is cut there."""
 
@@ -66,7 +67,8 @@ def maxsim(
     Raises ValueError or TypeError if a shape, a type or a device does not fit, or the backend cannot run.
     """
     _check_padded(queries, documents, query_mask, document_mask, document_dimensions=3)
-    return _score(queries, documents, (query_mask, document_mask), candidates=0, backend=backend)
+    chosen, dtype = _choose(backend, queries, (queries.shape[1], documents.shape[1]))
+    return _score(chosen, queries.to(dtype), documents.to(dtype), (query_mask, document_mask), candidates=0)
 
 
 def maxsim_candidates(
@@ -81,8 +83,9 @@ def maxsim_candidates(
     _check_padded(queries, documents, query_mask, document_mask, document_dimensions=4)
     if queries.shape[0] != documents.shape[0]:
         raise ValueError(f"{queries.shape[0]} queries, but candidates for {documents.shape[0]}")
-    masks = query_mask, document_mask.flatten(0, 1)
-    return _score(queries, documents.flatten(0, 1), masks, candidates=documents.shape[1], backend=backend)
+    masks, candidates = (query_mask, document_mask.flatten(0, 1)), documents.shape[1]
+    chosen, dtype = _choose(backend, queries, (queries.shape[1], documents.shape[2]))
+    return _score(chosen, queries.to(dtype), documents.flatten(0, 1).to(dtype), masks, candidates=candidates)
 
 
 def maxsim_packed(
@@ -99,27 +102,19 @@ def maxsim_packed(
     num_queries, num_documents = queries.offsets.shape[0] - 1, documents.offsets.shape[0] - 1
     if candidates is not None and num_queries * candidates != num_documents:
         raise ValueError(f"{num_queries} queries with {candidates} candidates each, but {num_documents} documents")
-    device = queries.vectors.device
-    chosen = choose_backend(
-        backend,
-        device=device,
-        dtype=_type_for(queries.vectors, backend),
-        embedding_size=queries.vectors.shape[1],
-        longest_text=max(queries.longest, documents.longest),
-    )
+    longest = queries.longest, documents.longest
+    chosen, dtype = _choose(backend, queries.vectors, longest)
     if chosen == "reference":
         (left, left_mask), (right, right_mask) = queries.pad(), documents.pad()
-        return _score(left, right, (left_mask, right_mask), candidates=candidates or 0, backend=chosen)
-    offsets = queries.offsets, documents.offsets
-    longest = queries.longest, documents.longest
+        return _score(chosen, left, right, (left_mask, right_mask), candidates=candidates or 0)
     return _score(
-        queries.vectors,
-        documents.vectors,
+        chosen,
+        queries.vectors.to(dtype),
+        documents.vectors.to(dtype),
         (None, None),
-        offsets=offsets,
+        offsets=(queries.offsets, documents.offsets),
         longest=longest,
         candidates=candidates or 0,
-        backend=chosen,
     )
 
 
@@ -160,33 +155,40 @@ def check_kernel(device: torch.device, dtype: torch.dtype, embedding_size: int) 
             )
 
 
+def _choose(backend: str, vectors: Tensor, longest: tuple[int, int]) -> tuple[str, torch.dtype]:
+    """Which backend scores, and the type of its vectors: under autocast the kernel's are cast, as for a product."""
+    device, dtype = vectors.device, vectors.dtype
+    cast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    kernel_dtype = torch.get_autocast_dtype(device.type) if cast else dtype
+    # sym_max: torch.compile would ask which side is longer, and compile again where that changes.
+    chosen = choose_backend(
+        backend,
+        device=device,
+        dtype=kernel_dtype,
+        embedding_size=vectors.shape[-1],
+        longest_text=torch.sym_max(*longest),
+    )
+    return chosen, kernel_dtype if chosen == "cuda" else dtype
+
+
 def _score(
+    backend: str,
     queries: Tensor,
     documents: Tensor,
     masks: tuple[Tensor | None, Tensor | None],
     *,
     candidates: int,
-    backend: str,
     offsets: tuple[Tensor | None, Tensor | None] = (None, None),
     longest: tuple[int, int] | None = None,
 ) -> Tensor:
-    dtype = _type_for(queries, backend)
     # Contiguous before the operator, which then saves no more than this one copy.
-    queries, documents = queries.to(dtype).contiguous(), documents.to(dtype).contiguous()
+    queries, documents = queries.contiguous(), documents.contiguous()
     tokens = longest or (queries.shape[1], documents.shape[1])
     save = torch.is_grad_enabled() and (queries.requires_grad or documents.requires_grad)
     scores: Tensor = torch.ops.lateforge.maxsim(
         queries, documents, *masks, *offsets, *tokens, candidates, backend, save
     )[0]
     return scores
-
-
-def _type_for(vectors: Tensor, backend: str) -> torch.dtype:
-    """The type of the vectors as the backend gets them: under autocast the kernel's are cast, as for a product."""
-    device = vectors.device.type
-    if backend == "reference" or (backend == "auto" and device != "cuda") or vectors.dtype != torch.float32:
-        return vectors.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else vectors.dtype
 
 
 def _check_padded(
@@ -218,6 +220,12 @@ def _check_packed(side: str, packed: Packed) -> None:
         raise TypeError(f"the offsets of packed {side} must be int64, got {offsets.dtype}")
     if offsets.device != vectors.device:
         raise ValueError(f"the offsets of packed {side} are on {offsets.device}, the vectors on {vectors.device}")
+    if packed.longest < 0:
+        raise ValueError(f"longest={packed.longest} of packed {side} must be 0 or more tokens")
+    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if offsets[0] < 0 or offsets[-1] > vectors.shape[0] or (offsets.diff() < 0).any():
+        raise ValueError(f"the offsets of packed {side} must rise from 0 or more to {vectors.shape[0]} at most")
 
 
 def _check_vectors(queries: Tensor, documents: Tensor) -> None:

@@ -1,7 +1,7 @@
 """CUDA C++ text to a cubin, by NVRTC: no toolkit, no host compiler, no GPU.
 
 A cubin and not PTX: a driver older than NVRTC refuses its PTX, while it runs its SASS. A cubin lies in the cache folder
-under a key of all that decides its bytes; behind it in its file stands its sha256.
+under a key of source, options, architecture and NVRTC's version; behind it in its file stands its sha256.
 """
 
 import functools

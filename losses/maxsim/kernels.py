@@ -8,7 +8,7 @@ Q queries, N documents, I query tokens, J document tokens, H embedding size; for
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 from math import ceil
 from typing import Any, NamedTuple, Protocol
@@ -26,10 +26,7 @@ MOST_TOKENS = 2**31 - 1
 """Tokens of a side, padding included: TMA counts rows in 32 bits. Offsets into memory have 64."""
 SLAB = 16
 """Rows of a tensor-core tile: scored tokens of one query."""
-INDEX_WARPS = 8
-SUM_THREADS = 256
-# A block reads its queries and fills its pipeline before the first document: about as long as two documents take.
-START_UP_DOCUMENTS = 2
+FORWARD_WARPS = 8
 
 
 class Module(Protocol):
@@ -82,34 +79,40 @@ class Arguments(ctypes.Structure):
                 *("gradient", "query_gradient", "document_gradient"),
             )
         ),
-        *(
-            (name, ctypes.c_int)
-            for name in ("num_queries", "query_tokens", "num_documents", "document_tokens", "candidates", "slabs")
-        ),
+        *((name, ctypes.c_int) for name in ("num_queries", "query_tokens", "num_documents", "document_tokens")),
+        *((name, ctypes.c_int) for name in ("candidates", "slabs", "blocks_at_once")),
     ]
 
 
 def constants(embedding: int, dtype: torch.dtype) -> dict[str, int]:
     """The numbers that the sources are compiled with, and that say how to launch them.
 
-    Shared memory: 99 KiB is what every GPU from sm_80 on has for a block, 227 KiB what sm_90 has.
+    Shared memory: 99 KiB is what every GPU from sm_80 on has for a block, 100 KiB what the smallest have for all of a
+    multiprocessor; 227 KiB is what sm_90 has.
     """
     narrow = embedding <= 128
     numbers = {
         "EMBEDDING": embedding,
         "BFLOAT16": int(dtype == torch.bfloat16),
+        "QUERY_INDEX_THREADS": 1024,
+        "INDEX_WARPS": 8,
+        "COMPACTED": 64,
+        "SUM_THREADS": 256,
+        # A block of a forward kernel reads its queries and fills its pipeline in about the time of two documents.
+        "START_UP_DOCUMENTS": 2,
+        "MOST_WAVES": 8,
         # forward: document tokens of a tile, buffers of tiles, slabs that a warp holds in registers.
-        "TILE": 64,
-        "STAGES": 3 if narrow else 2,
+        "TILE": 64 if narrow else 32,
+        "STAGES": 2,
         "SLABS_A_WARP": 2 if narrow else 1,
         # forward_sm90: the same, consumer warpgroups of four slabs, and tokens that TMA brings at once.
         "TILE_90": 128,
         "STAGES_90": 4 if narrow else 3,
         "WARPGROUPS": 3 if narrow else 2,
         "BOX": 32,
-        # query_gradient: warps of a block, documents whose winners it stages.
-        "QUERY_WARPS": 8,
-        "STAGED": 32,
+        # query_gradient: rows of a block, documents whose winners it stages.
+        "QUERY_ROWS": 4,
+        "STAGED": 128,
         # document_gradient: warps of a block, each of which owns SLICE dimensions of RANGE tokens.
         "DOCUMENT_WARPS": 4,
         "RANGE": 64,
@@ -121,14 +124,15 @@ def constants(embedding: int, dtype: torch.dtype) -> dict[str, int]:
     return numbers | {
         "FORWARD_SHARED_BYTES": n["STAGES"] * n["TILE"] * row_bytes,
         "SM90_SHARED_BYTES": n["STAGES_90"] * (panels * n["TILE_90"] * 128 + 16),
-        "QUERY_SHARED_BYTES": n["STAGED"] * (SLAB * 8 + 4),
+        "QUERY_SHARED_BYTES": n["STAGED"] * (n["QUERY_ROWS"] * 8 + 4),
         "DOCUMENT_SHARED_BYTES": n["DOCUMENT_WARPS"] * (n["RANGE"] * n["SLICE"] * 4 + (n["SCANNED"] + 32) * 8),
     }
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, embedding_size: int, longest_text: int) -> str | None:
     """Return why the kernels cannot score such vectors on this device, with the remedy, or None where they can."""
-    if machine := _machine_obstacle(device):
+    machine: str | None = _machine_obstacle(device)
+    if machine is not None:
         return machine
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
@@ -140,8 +144,14 @@ def obstacle(device: torch.device, dtype: torch.dtype, embedding_size: int, long
     return None
 
 
-@cache
+# torch.compile cannot look into driver and compiler; what they say does not change.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _machine_obstacle(device: torch.device) -> str | None:
+    return _ask_machine(device)
+
+
+@cache
+def _ask_machine(device: torch.device) -> str | None:
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return f"the kernel needs an NVIDIA GPU, and this runs on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -169,8 +179,17 @@ class Program:
     """From a matrix (rows, H) and box_rows to what TMA reads it by."""
     constants: dict[str, int]
     multiprocessors: int
+    shared_bytes: int
+    """Of a multiprocessor."""
     sm90: bool
     """Whether the module has `forward_sm90`."""
+
+    def launch(
+        self, kernel: str, arguments: Arguments, *maps: Any, blocks: int, warps: int, shared_bytes: int = 0
+    ) -> None:
+        self.module.launch(
+            kernel, grid=(blocks, 1), threads=32 * warps, shared_bytes=shared_bytes, arguments=[arguments, *maps]
+        )
 
 
 @cache
@@ -184,7 +203,14 @@ def load(device: torch.device, embedding: int, dtype: torch.dtype) -> Program:
     numbers = constants(embedding, dtype)
     architecture = f"sm_{properties.major}{properties.minor}{'a' if sm90 else ''}"
     cubin = compiler.compile_cubin(source(sm90=sm90), architecture=architecture, defines=numbers)
-    return Program(driver.Module(cubin, device), driver.tensor_map, numbers, properties.multi_processor_count, sm90)
+    return Program(
+        driver.Module(cubin, device),
+        driver.tensor_map,
+        numbers,
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
+        sm90,
+    )
 
 
 def forward(queries: Side, documents: Side, candidates: int, *, save: bool) -> tuple[Tensor, Tensor, Index]:
@@ -204,45 +230,36 @@ def forward(queries: Side, documents: Side, candidates: int, *, save: bool) -> t
         return scores.zero_(), winners.fill_(-1), index
     queries, documents = _aligned(queries), _aligned(documents)
     program = load(documents.vectors.device, documents.embedding, documents.vectors.dtype)
-    launch, numbers = program.module.launch, program.constants
-    num_queries, num_documents = queries.texts, documents.texts
+    numbers, num_queries, num_documents = program.constants, queries.texts, documents.texts
     slabs = winner_rows(queries, candidates) // SLAB
     compacted = documents.vectors if documents.mask is None else torch.empty_like(documents.vectors)
     partial = scores.new_empty(slabs, num_documents)
     arguments = _arguments(queries, documents, candidates, winners, index)
     arguments.compacted, arguments.partial, arguments.scores = _pointers(compacted, partial, scores)
-    launch("index_queries", grid=(1, 1), threads=1024, shared_bytes=0, arguments=[arguments])
-    launch(
-        "index_documents",
-        grid=(ceil(num_documents / INDEX_WARPS), 1),
-        threads=32 * INDEX_WARPS,
-        shared_bytes=0,
-        arguments=[arguments],
-    )
-    of_a_query = candidates or num_documents
+    index_warps = numbers["INDEX_WARPS"]
+    program.launch("index_queries", arguments, blocks=1, warps=numbers["QUERY_INDEX_THREADS"] // 32)
+    program.launch("index_documents", arguments, blocks=ceil(num_documents / index_warps), warps=index_warps)
+    if documents.mask is not None:
+        parts = num_documents * ceil(documents.longest / numbers["COMPACTED"])
+        program.launch("compact_documents", arguments, blocks=ceil(parts / index_warps), warps=index_warps)
     if program.sm90 and not candidates:
-        groups = ceil(slabs / (4 * numbers["WARPGROUPS"]))
-        maps = [program.tensor_map(_rows(side), box_rows=numbers["BOX"]) for side in (documents.vectors, compacted)]
-        launch(
-            "forward_sm90",
-            grid=(groups, document_parts(groups, of_a_query, program.multiprocessors)),
-            threads=128 * (numbers["WARPGROUPS"] + 1),
-            shared_bytes=numbers["SM90_SHARED_BYTES"],
-            arguments=[arguments, *maps],
+        kernel, shared_bytes = "forward_sm90", numbers["SM90_SHARED_BYTES"]
+        warps, slabs_a_block = 4 * (numbers["WARPGROUPS"] + 1), 4 * numbers["WARPGROUPS"]
+        maps = [program.tensor_map(_rows(documents.vectors), box_rows=numbers["BOX"])]
+        maps.append(
+            maps[0] if documents.mask is None else program.tensor_map(_rows(compacted), box_rows=numbers["BOX"])
         )
     else:
-        warps = min(8, ceil(slabs / numbers["SLABS_A_WARP"]))
-        groups = ceil(slabs / (warps * numbers["SLABS_A_WARP"])) * (num_queries if candidates else 1)
-        blocks_at_once = program.multiprocessors * (2 if warps > 4 else 4)
-        launch(
-            "forward",
-            grid=(groups, document_parts(groups, of_a_query, blocks_at_once)),
-            threads=32 * warps,
-            shared_bytes=numbers["FORWARD_SHARED_BYTES"],
-            arguments=[arguments],
-        )
-    blocks = ceil(num_queries * of_a_query / SUM_THREADS)
-    launch("sum_slabs", grid=(blocks, 1), threads=SUM_THREADS, shared_bytes=0, arguments=[arguments])
+        kernel, shared_bytes = "forward", numbers["FORWARD_SHARED_BYTES"]
+        warps, maps = min(FORWARD_WARPS, ceil(slabs / numbers["SLABS_A_WARP"])), []
+        slabs_a_block = warps * numbers["SLABS_A_WARP"]
+    arguments.blocks_at_once = program.multiprocessors * _blocks_of_a_multiprocessor(program, warps, shared_bytes)
+    groups, of_a_query = ceil(slabs / slabs_a_block) * (num_queries if candidates else 1), candidates or num_documents
+    # Enough for any number of slabs that there may be; those without work end at once.
+    blocks = min(groups * of_a_query, max(groups, numbers["MOST_WAVES"] * arguments.blocks_at_once))
+    program.launch(kernel, arguments, *maps, blocks=blocks, warps=warps, shared_bytes=shared_bytes)
+    sum_threads = numbers["SUM_THREADS"]
+    program.launch("sum_slabs", arguments, blocks=ceil(scores.numel() / sum_threads), warps=sum_threads // 32)
     return scores, winners, index
 
 
@@ -265,7 +282,7 @@ def backward(
         return both[0] if wanted[0] else None, both[1] if wanted[1] else None
     queries, documents = _aligned(queries), _aligned(documents)
     program = load(documents.vectors.device, documents.embedding, documents.vectors.dtype)
-    launch, numbers = program.module.launch, program.constants
+    numbers = program.constants
     arguments = _arguments(queries, documents, candidates, winners, index)
     gradient = gradient.float().contiguous()
     arguments.gradient = gradient.data_ptr()
@@ -274,24 +291,24 @@ def backward(
         # The kernel writes the rows of scored tokens, all others stay zero.
         query_gradient = torch.zeros_like(queries.vectors)
         arguments.query_gradient = query_gradient.data_ptr()
-        launch(
+        program.launch(
             "query_gradient",
-            grid=(most_slabs(queries), 1),
-            threads=32 * numbers["QUERY_WARPS"],
+            arguments,
+            blocks=most_slabs(queries) * (SLAB // numbers["QUERY_ROWS"]),
+            warps=2 * numbers["QUERY_ROWS"],
             shared_bytes=numbers["QUERY_SHARED_BYTES"],
-            arguments=[arguments],
         )
     if wanted[1]:
         # The kernel writes every row of a text; packed vectors may have rows that are of none.
         document_gradient = (torch.empty_like if documents.offsets is None else torch.zeros_like)(documents.vectors)
         arguments.document_gradient = document_gradient.data_ptr()
         ranges, slices = ceil(documents.longest / numbers["RANGE"]), ceil(documents.embedding / numbers["SLICE"])
-        launch(
+        program.launch(
             "document_gradient",
-            grid=(ceil(documents.texts * ranges * slices / numbers["DOCUMENT_WARPS"]), 1),
-            threads=32 * numbers["DOCUMENT_WARPS"],
+            arguments,
+            blocks=ceil(documents.texts * ranges * slices / numbers["DOCUMENT_WARPS"]),
+            warps=numbers["DOCUMENT_WARPS"],
             shared_bytes=numbers["DOCUMENT_SHARED_BYTES"],
-            arguments=[arguments],
         )
     return query_gradient, document_gradient
 
@@ -322,15 +339,9 @@ def winner_rows(queries: Side, candidates: int) -> int:
     return (-(-queries.longest // SLAB) if candidates else most_slabs(queries)) * SLAB
 
 
-@lru_cache(maxsize=4096)
-def document_parts(groups: int, documents: int, blocks_at_once: int) -> int:
-    """Parts to cut the documents of each group of slabs into, so that the last wave of blocks is nearly full."""
-    most = min(documents, max(1, 8 * blocks_at_once // groups))
-
-    def time(parts: int) -> int:
-        return ceil(groups * parts / blocks_at_once) * (ceil(documents / parts) + START_UP_DOCUMENTS)
-
-    return min(range(1, most + 1), key=time)
+def _blocks_of_a_multiprocessor(program: Program, warps: int, shared_bytes: int) -> int:
+    """Blocks that a multiprocessor holds at once, of 128 registers a thread; each takes 1 KiB more than it asks for."""
+    return max(1, min(program.shared_bytes // (shared_bytes + 1024), 65_536 // (128 * 32 * warps)))
 
 
 def _arguments(queries: Side, documents: Side, candidates: int, winners: Tensor, index: Index) -> Arguments:

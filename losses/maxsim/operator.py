@@ -1,7 +1,6 @@
 """`lateforge::maxsim`, one torch operator over both backends, with its gradient and its shapes for torch.compile.
 
-The backend is an argument, so that what was chosen once is what runs; `auto` is resolved from device, type and sizes
-alone, the same for real tensors and for those that torch.compile traces with.
+The backend is an argument, so that what was chosen is what runs.
 """
 
 from typing import Any
@@ -14,6 +13,7 @@ from losses.maxsim.kernels import Index, Side
 
 BACKENDS = ("auto", "cuda", "reference")
 
+# SymInt and not int: torch.compile would make a constant of a size.
 _INPUTS = (
     "Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask, Tensor? query_offsets, "
     "Tensor? document_offsets, SymInt query_tokens, SymInt document_tokens, SymInt candidates, str backend"
@@ -46,91 +46,47 @@ def choose_backend(
     return "reference"
 
 
-def _forward(
-    queries: Tensor,
-    documents: Tensor,
-    query_mask: Tensor | None,
-    document_mask: Tensor | None,
-    query_offsets: Tensor | None,
-    document_offsets: Tensor | None,
-    query_tokens: int,
-    document_tokens: int,
-    candidates: int,
-    backend: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    left = Side(queries, query_mask, query_offsets, query_tokens)
-    right = Side(documents, document_mask, document_offsets, document_tokens)
-    if _resolve(backend, left, right) == "cuda":
-        scores, winners, index = kernels.forward(left, right, candidates, save=save)
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *tensors, candidates, backend, save = inputs
+    queries, documents = _sides(*tensors)
+    if backend == "cuda":
+        scores, winners, index = kernels.forward(queries, documents, candidates, save=save)
         return scores, winners, *index
-    assert query_mask is not None
-    assert document_mask is not None
-    scores, winners = reference.forward(queries, documents, query_mask, document_mask, candidates or None, save=save)
-    scores = scores.view(left.texts, candidates or right.texts)
+    vectors_and_masks: tuple[Tensor, Tensor, Tensor, Tensor] = tuple(tensors[:4])
+    scores, winners = reference.forward(*vectors_and_masks, candidates or None, save=save)
+    return scores.view(queries.texts, candidates or documents.texts), winners, *_no_index(queries)
+
+
+def _forward_shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *tensors, candidates, backend, save = inputs
+    queries, documents = _sides(*tensors)
+    if backend == "cuda":
+        scores, winners, index = kernels.allocate_results(queries, documents, candidates, save=save)
+        return scores, winners, *index
+    dtype = torch.float64 if queries.vectors.dtype == torch.float64 else torch.float32
+    scores = queries.vectors.new_empty(queries.texts, candidates or documents.texts, dtype=dtype)
+    rows = queries.longest if candidates else queries.texts * queries.longest
+    winners = queries.vectors.new_empty(documents.texts if save else 0, rows, dtype=torch.int32)
     return scores, winners, *_no_index(queries)
 
 
-def _forward_shapes(
-    queries: Tensor,
-    documents: Tensor,
-    query_mask: Tensor | None,
-    document_mask: Tensor | None,
-    query_offsets: Tensor | None,
-    document_offsets: Tensor | None,
-    query_tokens: int,
-    document_tokens: int,
-    candidates: int,
-    backend: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    left = Side(queries, query_mask, query_offsets, query_tokens)
-    right = Side(documents, document_mask, document_offsets, document_tokens)
-    if _resolve(backend, left, right) == "cuda":
-        scores, winners, index = kernels.allocate_results(left, right, candidates, save=save)
-        return scores, winners, *index
-    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    scores = queries.new_empty(left.texts, candidates or right.texts, dtype=dtype)
-    rows = query_tokens if candidates else left.texts * query_tokens
-    return scores, queries.new_empty(right.texts if save else 0, rows, dtype=torch.int32), *_no_index(queries)
-
-
-def _backward(
-    gradient: Tensor,
-    queries: Tensor,
-    documents: Tensor,
-    query_mask: Tensor | None,
-    document_mask: Tensor | None,
-    query_offsets: Tensor | None,
-    document_offsets: Tensor | None,
-    query_tokens: int,
-    document_tokens: int,
-    candidates: int,
-    backend: str,
-    winners: Tensor,
-    counts: Tensor,
-    positions: Tensor,
-    query_wanted: bool,
-    document_wanted: bool,
-) -> tuple[Tensor, Tensor]:
-    left = Side(queries, query_mask, query_offsets, query_tokens)
-    right = Side(documents, document_mask, document_offsets, document_tokens)
-    if _resolve(backend, left, right) == "cuda":
-        index = Index(counts, positions)
-        found = kernels.backward(
-            gradient, left, right, candidates, winners, index, wanted=(query_wanted, document_wanted)
-        )
+def _backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    *tensors, candidates, backend, winners, counts, positions, query_wanted, document_wanted = inputs
+    queries, documents = _sides(*tensors)
+    wanted, index = (query_wanted, document_wanted), Index(counts, positions)
+    found: tuple[Tensor | None, Tensor | None]
+    if backend == "cuda":
+        found = kernels.backward(gradient, queries, documents, candidates, winners, index, wanted=wanted)
     else:
-        assert query_mask is not None
-        assert document_mask is not None
-        if candidates:
-            gradient = gradient.reshape(1, -1)
-        found = reference.backward(gradient, queries, documents, query_mask, document_mask, winners, candidates or None)
+        gradient = gradient.reshape(1, -1) if candidates else gradient
+        vectors_and_masks: tuple[Tensor, Tensor, Tensor, Tensor] = tuple(tensors[:4])
+        found = reference.backward(gradient, *vectors_and_masks, winners, candidates or None)
     # An operator returns tensors: one without elements stands for what is not wanted.
-    return (
-        found[0] if query_wanted and found[0] is not None else queries.new_empty(0),
-        found[1] if document_wanted and found[1] is not None else documents.new_empty(0),
+    left, right = (
+        one if one is not None and needed else side.vectors.new_empty(0)
+        for one, needed, side in zip(found, wanted, (queries, documents), strict=True)
     )
+    return left, right
 
 
 def _backward_shapes(gradient: Tensor, queries: Tensor, documents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -158,20 +114,24 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
     raise NotImplementedError("MaxSim has no second derivative")
 
 
-def _resolve(backend: str, queries: Side, documents: Side) -> str:
-    vectors = documents.vectors
-    return choose_backend(
-        backend,
-        device=vectors.device,
-        dtype=vectors.dtype,
-        embedding_size=vectors.shape[-1],
-        # torch.compile would ask which side is longer, and compile again where that changes.
-        longest_text=torch.sym_max(queries.longest, documents.longest),
+def _sides(
+    queries: Tensor,
+    documents: Tensor,
+    query_mask: Tensor | None,
+    document_mask: Tensor | None,
+    query_offsets: Tensor | None,
+    document_offsets: Tensor | None,
+    query_tokens: int,
+    document_tokens: int,
+) -> tuple[Side, Side]:
+    return (
+        Side(queries, query_mask, query_offsets, query_tokens),
+        Side(documents, document_mask, document_offsets, document_tokens),
     )
 
 
-def _no_index(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    return vectors.new_empty(0, dtype=torch.int32), vectors.new_empty(0, dtype=torch.int16)
+def _no_index(side: Side) -> tuple[Tensor, Tensor]:
+    return side.vectors.new_empty(0, dtype=torch.int32), side.vectors.new_empty(0, dtype=torch.int16)
 
 
 torch.library.impl("lateforge::maxsim", "default", _forward)

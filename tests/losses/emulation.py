@@ -37,7 +37,9 @@ class EmulatedModule:
     """seed: 0 runs the threads in plain order, any other number in an order drawn from it."""
 
     def __init__(self, library: Path, *, seed: int = 0) -> None:
-        self._launch = ctypes.CDLL(str(library)).launch
+        loaded = ctypes.CDLL(str(library))
+        self._launch = loaded.launch
+        self.document_parts = loaded.parts
         self.seed = seed
         self.launched: list[str] = []
 
@@ -84,4 +86,4 @@ def build(folder: Path, defines: Mapping[str, int], sources: Path = SOURCES) -> 
 def program(folder: Path, embedding: int, dtype: torch.dtype, *, sm90: bool, seed: int = 0) -> kernels.Program:
     """Return the kernels as `kernels.load` does. Few multiprocessors, so that blocks get several documents each."""
     numbers = kernels.constants(embedding, dtype)
-    return kernels.Program(EmulatedModule(build(folder, numbers), seed=seed), tensor_map, numbers, 2, sm90)
+    return kernels.Program(EmulatedModule(build(folder, numbers), seed=seed), tensor_map, numbers, 2, 228 * 1024, sm90)

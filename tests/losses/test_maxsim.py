@@ -11,6 +11,8 @@ from losses.maxsim import (
     BACKENDS,
     Packed,
     choose_backend,
+    compiler,
+    kernels,
     maxsim,
     maxsim_candidates,
     maxsim_packed,
@@ -335,6 +337,19 @@ def test_inputs_that_do_not_fit_are_refused(
             ValueError,
             "2 queries with 2 candidates each, but 2 documents",
         ),
+        *(
+            (
+                Packed(torch.randn(3, 4), torch.tensor(offsets), 3),
+                ValueError,
+                "the offsets of packed queries must rise from 0 or more to 3 at most",
+            )
+            for offsets in ([0, 4], [-1, 3], [3, 2])
+        ),
+        (
+            Packed(torch.randn(3, 4), torch.tensor([0, 3]), -1),
+            ValueError,
+            "longest=-1 of packed queries must be 0 or more tokens",
+        ),
     ],
 )
 def test_packed_inputs_that_do_not_fit_are_refused(broken: Packed, kind: type[Exception], message: str) -> None:
@@ -417,6 +432,36 @@ def test_a_compiled_function_has_one_graph_and_the_same_bits(operator: Callable[
     for texts in (2, 6, 9):
         for ours, eager in zip(run(compiled, texts), run(operator, texts), strict=True):
             assert torch.equal(ours, eager)
+
+
+def test_a_compiled_function_asks_driver_and_compiler_outside_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(device: torch.device) -> str:
+        return compiler.unavailable() or "another reason"
+
+    monkeypatch.setattr(kernels, "_ask_machine", ask)
+    generator = torch.Generator().manual_seed(11)
+    vectors, offsets = torch.randn(7, 4, generator=generator), torch.tensor([0, 3, 7])
+
+    def score(vectors: Tensor, offsets: Tensor) -> Tensor:
+        packed = Packed(vectors, offsets, 4)
+        return maxsim_packed(packed, packed)
+
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(vectors, offsets), score(vectors, offsets))
+
+
+@pytest.mark.parametrize("operator", [maxsim, maxsim_candidates])
+def test_auto_that_takes_the_reference_rounds_nothing_under_autocast(
+    operator: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_ask_machine", lambda device: None)  # the embedding size alone forbids the kernel
+    generator = torch.Generator().manual_seed(12)
+    queries = torch.randn(2, 3, 20, generator=generator)
+    documents = torch.randn((4, 5, 20) if operator is maxsim else (2, 4, 5, 20), generator=generator)
+    masks = holey_masks(generator, (2, 3), documents.shape[:-1])
+    plain = operator(queries, documents, *masks, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(operator(queries, documents, *masks, backend="auto"), plain)
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -21,7 +21,8 @@ VARIANTS = [(embedding, BF16) for embedding in range(16, 257, 16)] + [(16, F16),
 OTHERS = [("sm_86", 128), ("sm_89", 256), ("sm_100", 128), ("sm_100", 256), ("sm_120", 128), ("sm_120", 256)]
 COMPILED = [(architecture, *variant) for variant in VARIANTS for architecture in ("sm_80", "sm_90a")]
 COMPILED += [(architecture, embedding, BF16) for architecture, embedding in OTHERS]
-KERNELS = {"index_queries", "index_documents", "forward", "sum_slabs", "query_gradient", "document_gradient"}
+KERNELS = {"index_queries", "index_documents", "compact_documents", "forward", "sum_slabs"}
+KERNELS |= {"query_gradient", "document_gradient"}
 ATOMICS = {"ATOM", "ATOMG", "ATOMS", "RED", "REDG"}
 LOCAL_MEMORY = {"LDL", "STL"}
 

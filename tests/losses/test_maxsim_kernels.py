@@ -8,12 +8,14 @@ Q queries, N documents, I query tokens, J document tokens, H embedding size
 
 import ctypes
 import dataclasses
+import itertools
 import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from losses.maxsim import Packed, kernels, maxsim, maxsim_candidates, maxsim_packed
+from losses.maxsim import Packed, check_kernel, kernels, maxsim, maxsim_candidates, maxsim_packed
 from losses.maxsim.kernels import SLAB, Side
 from tests.losses import emulation
 
@@ -395,12 +397,17 @@ def test_nan_in_a_scored_token_gives_nan_and_nothing_else_changes(use: Use, sm90
     documents[1, place, 3] = float("nan")
     queries = case.queries.clone()
     queries[1, 4, 0] = float("nan")
-    broken = kernels.forward(*dataclasses.replace(case, documents=documents).sides, 0, save=True)[0]
-    assert broken[:, 1].isnan().all()
-    assert torch.equal(broken[:, [0, 2]], before[:, [0, 2]])
-    broken = kernels.forward(*dataclasses.replace(case, queries=queries).sides, 0, save=True)[0]
-    assert broken[1].isnan().all()
-    assert torch.equal(broken[0], before[0])
+    for broken, lost, kept in (
+        (dataclasses.replace(case, documents=documents), (slice(None), 1), (slice(None), [0, 2])),
+        (dataclasses.replace(case, queries=queries), (1,), (0,)),
+    ):
+        scores, winners, index = kernels.forward(*broken.sides, 0, save=True)
+        assert scores[lost].isnan().all()
+        assert torch.equal(scores[kept], before[kept])
+        chosen_tokens(broken, winners)  # none past a document's end, where backward would read
+        query_gradient, document_gradient = differentiate(broken, random_gradient(case), winners, index)
+        assert query_gradient[0].isfinite().all() or lost != (1,)
+        assert not document_gradient[~case.document_mask].any()
 
 
 @pytest.mark.parametrize(("embedding", "dtype"), [(16, BF16), (256, F16)])
@@ -893,15 +900,67 @@ def test_a_document_of_65535_tokens_can_win_with_its_last(use: Use) -> None:
     assert not result.document_gradient[0, :-1].any()
 
 
+# Their check at the start of a run
+
+
+@each_forward
+@pytest.mark.parametrize(("embedding", "dtype"), [(128, F16), (96, BF16)])
+def test_the_check_of_the_kernels_passes(use_operator: Use, sm90: bool, embedding: int, dtype: torch.dtype) -> None:
+    program = use_operator(embedding, dtype, sm90=sm90)
+    check_kernel(torch.device("cpu"), dtype, embedding)
+    assert isinstance(program.module, emulation.EmulatedModule)
+    assert ("forward_sm90" if sm90 else "forward") in program.module.launched
+
+
+@pytest.mark.parametrize(
+    ("kernel", "what"),
+    [
+        ("sum_slabs", "scores"),
+        ("query_gradient", "gradients of queries"),
+        ("document_gradient", "gradients of documents"),
+    ],
+)
+def test_the_check_of_the_kernels_fails_where_one_of_them_does_nothing(
+    use_operator: Use, monkeypatch: pytest.MonkeyPatch, kernel: str, what: str
+) -> None:
+    launch = use_operator(96, BF16).module.launch
+
+    def skip(name: str, **options: Any) -> None:
+        if name != kernel:
+            launch(name, **options)
+
+    program = dataclasses.replace(use_operator(96, BF16), module=SimpleNamespace(launch=skip))
+    monkeypatch.setattr(kernels, "load", lambda *_: program)
+    with (
+        unwritten_memory_is_nan(),
+        pytest.raises(RuntimeError, match=f"^the MaxSim kernel does not agree .*: {what} differ by "),
+    ):
+        check_kernel(torch.device("cpu"), BF16, 96)
+
+
+def test_no_two_similarities_of_the_check_are_as_close_as_rounding() -> None:
+    for embedding, dtype in itertools.product(range(16, 257, 16), (BF16, F16)):
+        generator = torch.Generator().manual_seed(4)
+        queries = normalize(torch.randn(2, 20, embedding, generator=generator), dim=-1).to(dtype).double()
+        documents = normalize(torch.randn(3, 150, embedding, generator=generator), dim=-1).to(dtype).double()
+        query_mask = torch.rand(2, 20, generator=generator) > 0.2
+        document_mask = torch.rand(3, 150, generator=generator) > 0.2
+        similarity = torch.einsum("qih,njh->qinj", queries, documents).masked_fill(~document_mask, -2)[query_mask]
+        best, second = similarity.topk(2, dim=-1).values.unbind(-1)
+        assert (best - second).min() > 6e-5
+
+
 # How they are launched
 
 
-def test_document_parts_are_no_more_than_documents_and_leave_no_wave_half_empty() -> None:
+def test_document_parts_are_no_more_than_documents_and_leave_no_wave_half_empty(folder: Path) -> None:
+    module = emulation.program(folder, 96, BF16, sm90=True).module
+    assert isinstance(module, emulation.EmulatedModule)
     numbers = random.Random(1)
     for _ in range(300):
         groups, documents = numbers.randint(1, 600), numbers.choice([1, 2, 5, 64, 1000, 10_000])
         blocks_at_once = numbers.choice([1, 4, 132, 216, 264])
-        parts = kernels.document_parts(groups, documents, blocks_at_once)
+        parts = module.document_parts(groups, documents, blocks_at_once)
         assert 1 <= parts <= documents
         if groups <= 4 * blocks_at_once and documents >= 1000:
             waves = groups * parts / blocks_at_once
@@ -914,7 +973,7 @@ def test_arguments_are_laid_out_as_the_struct_of_the_kernels(tmp_path: Path) -> 
     names = [field[0] for field in kernels.Arguments._fields_]
     lines = "".join(f"PRINT({name})" for name in names)
     (tmp_path / "layout.cpp").write_text(
-        "#include <algorithm>\n#include <cstddef>\n#include <cstdio>\nusing std::min;\n"
+        "#include <algorithm>\n#include <cstddef>\n#include <cstdio>\nusing std::min;\nusing std::max;\n"
         f'#include "{emulation.SOURCES / "types.cuh"}"\n'
         '#define PRINT(f) printf("%zu %zu\\n", offsetof(Arguments, f), sizeof(((Arguments*)nullptr)->f));\n'
         f'int main() {{ {lines} printf("%zu\\n", sizeof(Arguments)); }}\n'

@@ -5,88 +5,87 @@
 
 // Queries: the gradient of a row is the sum of its winners, over the documents in their order.
 //
-// grid: a block a slab (upper bound); block: QUERY_WARPS warps, of SLAB / QUERY_WARPS rows each. LANES lanes read one
-// vector in chunks of 16 bytes, so a warp reads READS documents at once. The winners of STAGED documents lie in shared
-// memory at a time.
+// grid: SLAB / QUERY_ROWS blocks for each slab (upper bound); block: two warps for each of QUERY_ROWS rows, each with half
+// of the documents. LANES lanes read one vector in chunks of 16 bytes, so a warp reads READS documents at once. The
+// winners of STAGED documents lie in shared memory at a time.
 
-constexpr int QUERY_ROWS = SLAB / QUERY_WARPS;
+constexpr int QUERY_WARPS = 2 * QUERY_ROWS;
 constexpr int LANES = CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
 constexpr int READS = 32 / LANES;
-static_assert(QUERY_SHARED_BYTES == STAGED * (SLAB * (int)sizeof(i64) + (int)sizeof(float)));
+static_assert(QUERY_SHARED_BYTES == STAGED * (QUERY_ROWS * (int)sizeof(i64) + (int)sizeof(float)));
+static_assert(QUERY_SHARED_BYTES >= QUERY_ROWS * 32 * 8 * (int)sizeof(float));
 
 extern "C" __global__ void __launch_bounds__(QUERY_WARPS * 32, 2) query_gradient(const __grid_constant__ Arguments a) {
-    const int slab = blockIdx.x;
+    const int slab = blockIdx.x / (SLAB / QUERY_ROWS), first_row = blockIdx.x % (SLAB / QUERY_ROWS) * QUERY_ROWS;
     if (slab >= a.slab_starts[a.num_queries]) return;
-    i64* winner_rows = (i64*)shared_memory();  // (STAGED, SLAB) rows of `documents`, -1 = none
-    float* weights = (float*)(winner_rows + STAGED * SLAB);
-    const int query = a.slab_queries[slab], first = (slab - a.slab_starts[query]) * SLAB;
-    const int rows = min(SLAB, a.query_lengths[query] - first);
-    const int own_row = threadIdx.x / 32 * QUERY_ROWS, lane = threadIdx.x % 32, chunk = lane % LANES;
+    i64* winner_rows = (i64*)shared_memory();  // (STAGED, QUERY_ROWS) rows of `documents`, -1 = none
+    float* weights = (float*)(winner_rows + STAGED * QUERY_ROWS);
+    const int query = a.slab_queries[slab], first = (slab - a.slab_starts[query]) * SLAB + first_row;
+    const int own_row = threadIdx.x / 64, half = threadIdx.x / 32 % 2, lane = threadIdx.x % 32, chunk = lane % LANES;
     const Documents documents = documents_of(a, query);
-    const int row_in_winners = (slab - base_slab(a, query)) * SLAB;
+    const int row_in_winners = (slab - base_slab(a, query)) * SLAB + first_row;
 
-    float sums[QUERY_ROWS][8] = {};
+    float sums[8] = {};
     for (int start = 0; start < documents.count; start += STAGED) {
         __syncthreads();  // the winners staged before are used
-        for (int i = threadIdx.x; i < STAGED * SLAB; i += blockDim.x) {
-            const int staged = i / SLAB, row = i % SLAB;
+        for (int i = threadIdx.x; i < STAGED * QUERY_ROWS; i += blockDim.x) {
+            const int staged = i / QUERY_ROWS, row = i % QUERY_ROWS;
             i64 winner_row = -1;
             if (start + staged < documents.count) {
                 const int document = documents.first + start + staged;
                 const float weight = a.gradient[(i64)query * documents.count + start + staged];
                 const u16 winner = a.winners[(i64)document * a.slabs * SLAB + row_in_winners + row];
                 if (winner != NO_WINNER && weight != 0) {
-                    const i64 first_row = first_token(a.document_offsets, document, a.document_tokens);
-                    winner_row = first_row + document_position(a, first_row, winner);
+                    const i64 first_of_document = first_token(a.document_offsets, document, a.document_tokens);
+                    winner_row = first_of_document + document_position(a, first_of_document, winner);
                 }
                 if (row == 0) weights[staged] = weight;
             }
             winner_rows[i] = winner_row;
         }
         __syncthreads();
-        constexpr int AHEAD = 4;  // documents whose vectors are on their way, times QUERY_ROWS
-        for (int block = 0; block < STAGED; block += READS * AHEAD) {
-            Chunk vectors[AHEAD][QUERY_ROWS];
-            bool present[AHEAD][QUERY_ROWS];
+        constexpr int AHEAD = 8;  // documents whose vectors are on their way, for each group of lanes
+        const int end = STAGED / 2 * (half + 1);
+        for (int block = STAGED / 2 * half; block < end; block += READS * AHEAD) {
+            Chunk vectors[AHEAD];
+            bool present[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const int staged = block + i * READS + lane / LANES;
+                const i64 from = staged < end ? winner_rows[staged * QUERY_ROWS + own_row] : -1;
+                present[i] = from >= 0 && chunk < CHUNKS;
+                if (present[i]) vectors[i] = ((const Chunk*)a.documents)[from * CHUNKS + chunk];
+            }
 #pragma unroll
             for (int i = 0; i < AHEAD; i++)
+                if (present[i]) {
+                    const float weight = weights[block + i * READS + lane / LANES];
 #pragma unroll
-                for (int row = 0; row < QUERY_ROWS; row++) {
-                    const int staged = block + i * READS + lane / LANES;
-                    const i64 from = staged < STAGED ? winner_rows[staged * SLAB + own_row + row] : -1;
-                    present[i][row] = from >= 0 && chunk < CHUNKS;
-                    if (present[i][row]) vectors[i][row] = ((const Chunk*)a.documents)[from * CHUNKS + chunk];
-                }
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-#pragma unroll
-                for (int row = 0; row < QUERY_ROWS; row++)
-                    if (present[i][row]) {
-                        const float weight = weights[block + i * READS + lane / LANES];
-#pragma unroll
-                        for (int pair = 0; pair < 4; pair++) {
-                            float low, high;
-                            unpack_halves(vectors[i][row].pairs[pair], low, high);
-                            sums[row][pair * 2] += weight * low;
-                            sums[row][pair * 2 + 1] += weight * high;
-                        }
+                    for (int pair = 0; pair < 4; pair++) {
+                        float low, high;
+                        unpack_halves(vectors[i].pairs[pair], low, high);
+                        sums[pair * 2] += weight * low;
+                        sums[pair * 2 + 1] += weight * high;
                     }
+                }
         }
     }
 #pragma unroll
-    for (int row = 0; row < QUERY_ROWS; row++) {
+    for (int i = 0; i < 8; i++)
 #pragma unroll
-        for (int i = 0; i < 8; i++)
+        for (int distance = LANES; distance < 32; distance *= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], distance);
+    // The second half's sums go to the first half.
+    float* others = (float*)shared_memory() + (own_row * 32 + lane) * 8;
+    __syncthreads();  // the last winners are used
+    if (half == 1)
+        for (int i = 0; i < 8; i++) others[i] = sums[i];
+    __syncthreads();
+    if (half == 0 && first + own_row < a.query_lengths[query] && lane < CHUNKS) {
+        Chunk vector;
 #pragma unroll
-            for (int distance = LANES; distance < 32; distance *= 2)
-                sums[row][i] += __shfl_xor_sync(~0u, sums[row][i], distance);
-        if (own_row + row < rows && lane < CHUNKS) {
-            Chunk vector;
-#pragma unroll
-            for (int pair = 0; pair < 4; pair++)
-                vector.pairs[pair] = pack_halves(sums[row][pair * 2], sums[row][pair * 2 + 1]);
-            ((Chunk*)a.query_gradient)[query_row(a, query, first + own_row + row) * CHUNKS + lane] = vector;
-        }
+        for (int pair = 0; pair < 4; pair++)
+            vector.pairs[pair] = pack_halves(sums[pair * 2] + others[pair * 2], sums[pair * 2 + 1] + others[pair * 2 + 1]);
+        ((Chunk*)a.query_gradient)[query_row(a, query, first + own_row) * CHUNKS + lane] = vector;
     }
 }
 
@@ -175,8 +174,11 @@ extern "C" __global__ void __launch_bounds__(DOCUMENT_WARPS * 32, 3) document_gr
             token[i] = row < rows ? winners[row] : NO_WINNER;
         }
 #pragma unroll
-        for (int i = 0; i < SCANNED / 32; i++)
-            token[i] = token[i] == NO_WINNER ? -1 : document_position(a, first_row, token[i]) - begin;
+        for (int i = 0; i < SCANNED / 32; i++) {
+            // Also where there is none, so that all are on their way at once.
+            const int position = document_position(a, first_row, token[i] == NO_WINNER ? 0 : token[i]);
+            token[i] = token[i] == NO_WINNER ? -1 : position - begin;
+        }
 #pragma unroll
         for (int i = 0; i < SCANNED / 32; i++) {
             const bool own = token[i] >= 0 && token[i] < tokens;

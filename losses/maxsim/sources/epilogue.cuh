@@ -14,21 +14,39 @@ struct Work {
     int first_slab, end_slab, first_document, end_document;
 };
 
-// blockIdx.x: groups of `slabs` slabs, of all queries or, for candidates, of one query after the other.
-// blockIdx.y: parts of the documents.
-__device__ __forceinline__ Work work_of_block(const Arguments& a, int slabs) {
-    int query = 0, group = blockIdx.x, end_query = a.num_queries;
-    if (a.candidates) {
-        const int groups = (a.slabs + slabs - 1) / slabs;
-        query = blockIdx.x / groups;
-        group = blockIdx.x % groups;
-        end_query = query + 1;
+__device__ __forceinline__ int divide_up(int value, int by) { return (value + by - 1) / by; }
+
+// Parts that the documents of each group of slabs are cut into, so that the last wave of blocks is nearly full. How many
+// groups there are, the host does not know.
+__device__ __forceinline__ int document_parts(const Arguments& a, int groups, int documents) {
+    int best = 1;
+    i64 best_time = -1;
+    for (int waves = 1; waves <= MOST_WAVES; waves++) {
+        const int parts = min(documents, max(1, waves * a.blocks_at_once / groups));
+        const i64 time = (i64)divide_up(groups * parts, a.blocks_at_once) * (divide_up(documents, parts) + START_UP_DOCUMENTS);
+        if (best_time < 0 || time < best_time) {
+            best = parts;
+            best_time = time;
+        }
     }
-    const int first = (a.candidates ? a.slab_starts[query] : 0) + group * slabs;
+    return best;
+}
+
+// A block has `slabs` slabs, of all queries or, for candidates, of one query, and a part of the documents that they meet.
+// Blocks next to each other have the same documents. There may be more blocks than work; theirs has no slabs.
+__device__ __forceinline__ Work work_of_block(const Arguments& a, int slabs) {
+    const int of_a_query = divide_up(a.slabs, slabs);
+    const int groups = a.candidates ? of_a_query * a.num_queries : divide_up(a.slab_starts[a.num_queries], slabs);
+    if (groups == 0) return {0, 0, 0, 0};
+    const int group = blockIdx.x % groups, part = blockIdx.x / groups;
+    const int query = a.candidates ? group / of_a_query : 0, end_query = a.candidates ? query + 1 : a.num_queries;
     const Documents documents = documents_of(a, query);
-    const i64 part = blockIdx.y, parts = gridDim.y;
-    return {first, min(a.slab_starts[end_query], first + slabs), documents.first + (int)(documents.count * part / parts),
-            documents.first + (int)(documents.count * (part + 1) / parts)};
+    const int parts = document_parts(a, groups, documents.count);
+    if (part >= parts) return {0, 0, 0, 0};
+    const int first = a.candidates ? a.slab_starts[query] + group % of_a_query * slabs : group * slabs;
+    return {first, min(a.slab_starts[end_query], first + slabs),
+            documents.first + (int)((i64)documents.count * part / parts),
+            documents.first + (int)((i64)documents.count * (part + 1) / parts)};
 }
 
 // One slab as a warp holds it.
@@ -95,6 +113,8 @@ __device__ __forceinline__ void finish_document(const Arguments& a, Slab slab, i
         const int row = lane / 4 + half * 8;
         const bool scored = row < slab.rows && length > 0;
         if (scored) sum += value;
+        // After NaN a column past the document's end may have come last, and backward would read there.
+        token = min(token, length - 1);
         if (a.winners && lane % 4 == 0)
             a.winners[((i64)document * a.slabs + slab.row) * SLAB + row] = scored && token >= 0 ? (u16)token : NO_WINNER;
     }
@@ -104,7 +124,7 @@ __device__ __forceinline__ void finish_document(const Arguments& a, Slab slab, i
 }
 
 // A thread a score: the sum over the query's slabs, in their order.
-extern "C" __global__ void __launch_bounds__(256, 1) sum_slabs(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1) sum_slabs(const __grid_constant__ Arguments a) {
     const i64 score = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     const int count = a.candidates ? a.candidates : a.num_documents;
     if (score >= (i64)a.num_queries * count) return;

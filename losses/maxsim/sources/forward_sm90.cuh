@@ -3,7 +3,8 @@
 // WARPGROUPS consumers of four warps each hold the vectors of four slabs in registers; one more warpgroup, of which one
 // thread works, brings the documents in tiles of TILE_90 tokens into a ring of STAGES_90 buffers. Each consumer scores a
 // tile when it comes and then looks for maxima, while the others keep the tensor cores busy: at 128 dimensions a tile
-// takes 512 cycles of them, and its maxima 3 instructions an element, 192 issue slots of each scheduler.
+// takes 512 cycles of them, and its maxima 384 cycles of a scheduler, 3 instructions an element at half rate. At 64
+// dimensions and less the maxima take longer than the products.
 //
 // A tile is cut into panels of 64 dimensions (128 bytes, the swizzle's width) and boxes of BOX tokens, so that a short
 // last tile of a document loads and multiplies no more than BOX - 1 tokens of something else.
@@ -85,6 +86,7 @@ __device__ __forceinline__ void score_tile_90(const u32 (&fragment)[STEPS][4], c
 
 __device__ __forceinline__ void consume_tiles(const Arguments& a, Work work, Ring ring) {
     const int first_slab = work.first_slab + threadIdx.x / 128 * 4;
+    if (first_slab >= work.end_slab) return;  // the whole warpgroup has none, and nobody waits for it
     u32 fragment[STEPS][4];
     const Slab slab = load_slab(a, first_slab + threadIdx.x / 32 % 4, work.end_slab, fragment);
     for (int document = work.first_document; document < work.end_document; document++) {
@@ -93,10 +95,6 @@ __device__ __forceinline__ void consume_tiles(const Arguments& a, Work work, Rin
         for (int token = 0; token < length; token += TILE_90, ring.turn++) {
             const int columns = min(TILE_90, length - token);
             barrier_wait(&ring.full[ring.stage()], ring.parity());
-            if (first_slab >= work.end_slab) {  // the whole warpgroup has none
-                if (threadIdx.x % 128 == 0) barrier_arrive(&ring.empty[ring.stage()]);
-                continue;
-            }
             switch ((columns + BOX - 1) / BOX) {
                 case 1: score_tile_90<32>(fragment, ring, columns, token, best); break;
                 case 2: score_tile_90<64>(fragment, ring, columns, token, best); break;
@@ -117,9 +115,10 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
     Barrier* barriers = (Barrier*)(tiles + STAGES_90 * STAGE_BYTES);
     const Ring ring = {tiles, barriers, barriers + STAGES_90, 0};
     if (threadIdx.x == 0) {
+        const int consumers = min(WARPGROUPS, divide_up(work.end_slab - work.first_slab, 4));
         for (int stage = 0; stage < STAGES_90; stage++) {
             barrier_init(&ring.full[stage], 1);
-            barrier_init(&ring.empty[stage], WARPGROUPS);
+            barrier_init(&ring.empty[stage], consumers);
         }
         barrier_fence();
     }

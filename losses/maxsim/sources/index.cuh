@@ -1,7 +1,8 @@
 // From masks to lists of scored tokens, so that no kernel after these meets a hole or padding.
 //
-// index_queries:   1 block of 1024 threads; lengths, positions and slabs of all queries.
-// index_documents: a warp a document, 256 threads a block; lengths, positions, and a copy without holes where the mask
+// index_queries:   1 block of QUERY_INDEX_THREADS; lengths, positions and slabs of all queries.
+// index_documents: a warp a document, INDEX_WARPS a block; lengths and positions.
+// compact_documents: a warp for COMPACTED tokens of a document, INDEX_WARPS a block; a copy without holes where the mask
 //                  has holes. Documents whose scored tokens come first, as in mere padding, are read where they lie.
 
 // By one warp: list the scored tokens of one text. Returns how many, and whether they are not the first ones.
@@ -38,7 +39,7 @@ __device__ __forceinline__ Scan scan_mask(const unsigned char* mask, int tokens,
     return {length, __ballot_sync(~0u, moved) != 0};
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 1) index_queries(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(QUERY_INDEX_THREADS, 1) index_queries(const __grid_constant__ Arguments a) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     for (int query = warp; query < a.num_queries; query += warps) {
         const i64 first = first_token(a.query_offsets, query, a.query_tokens);
@@ -68,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_queries(const __grid
         for (int slab = a.slab_starts[query]; slab < a.slab_starts[query + 1]; slab++) a.slab_queries[slab] = query;
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1) index_documents(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32, 1) index_documents(const __grid_constant__ Arguments a) {
     const int lane = threadIdx.x % 32;
     const int document = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (document >= a.num_documents) return;
@@ -78,14 +79,32 @@ extern "C" __global__ void __launch_bounds__(256, 1) index_documents(const __gri
         if (lane == 0) a.document_lengths[document] = tokens;
         return;
     }
-    const u16* positions = a.document_positions + first;
     const Scan scan = scan_mask(a.document_mask + first, tokens, a.document_positions + first);
     if (lane == 0) a.document_lengths[document] = scan.holes ? -scan.length : scan.length;
-    if (!scan.holes) return;
-    __syncwarp();  // the positions are written by other lanes
+}
+
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32, 1) compact_documents(const __grid_constant__ Arguments a) {
+    const int lane = threadIdx.x % 32;
+    const int ranges = (a.document_tokens + COMPACTED - 1) / COMPACTED;
+    const i64 part = (i64)blockIdx.x * INDEX_WARPS + threadIdx.x / 32;
+    if (part / ranges >= a.num_documents) return;
+    const int document = (int)(part / ranges), begin = (int)(part % ranges) * COMPACTED;
+    const int length = -a.document_lengths[document];  // not positive: no holes
+    const i64 first = first_token(a.document_offsets, document, a.document_tokens);
+    const u16* positions = a.document_positions + first;
     const Chunk* from = (const Chunk*)a.documents + first * CHUNKS;
     Chunk* to = (Chunk*)a.compacted + first * CHUNKS;
-#pragma unroll 4
-    for (int chunk = lane; chunk < scan.length * CHUNKS; chunk += 32)
-        to[chunk] = from[(i64)positions[chunk / CHUNKS] * CHUNKS + chunk % CHUNKS];
+    constexpr int AHEAD = 8;  // chunks on their way; all are read before one is written
+    const int end = min(length, begin + COMPACTED) * CHUNKS;
+    for (int start = begin * CHUNKS + lane; start < end; start += 32 * AHEAD) {
+        Chunk chunks[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int chunk = start + i * 32;
+            if (chunk < end) chunks[i] = from[(i64)positions[chunk / CHUNKS] * CHUNKS + chunk % CHUNKS];
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (start + i * 32 < end) to[start + i * 32] = chunks[i];
+    }
 }

@@ -46,6 +46,7 @@ struct Arguments {
     int num_documents, document_tokens;  // N, J (packed: of the longest)
     int candidates;                      // K, documents of each query; 0 = every query meets every document
     int slabs;                           // upper bound: of all queries, or for candidates of one
+    int blocks_at_once;                  // of the forward kernel, on the whole device
 };
 
 __device__ __forceinline__ i64 first_token(const i64* offsets, int text, int tokens) {
@@ -54,7 +55,7 @@ __device__ __forceinline__ i64 first_token(const i64* offsets, int text, int tok
 
 // No more than `tokens`, for which the lists have room.
 __device__ __forceinline__ int token_count(const i64* offsets, int text, int tokens) {
-    return offsets ? min((int)(offsets[text + 1] - offsets[text]), tokens) : tokens;
+    return offsets ? max(0, min((int)(offsets[text + 1] - offsets[text]), tokens)) : tokens;
 }
 
 // Row of a query's scored token in `queries`.

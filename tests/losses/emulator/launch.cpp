@@ -23,6 +23,12 @@ void wgmma_wait(float (&)[SUMS]) {
 #include "forward_sm90.cuh"
 #include "backward.cuh"
 
+extern "C" int parts(int groups, int documents, int blocks_at_once) {
+    Arguments arguments = {};
+    arguments.blocks_at_once = blocks_at_once;
+    return document_parts(arguments, groups, documents);
+}
+
 // Run a kernel by name; `arguments` point at its parameters. Returns 0, or 1 with what went wrong in `error`.
 extern "C" int launch(const char* kernel, u32 grid_x, u32 grid_y, u32 threads, u64 shared_bytes, u32 seed,
                       const void* const* arguments, char* error, u64 error_bytes) {
@@ -31,6 +37,7 @@ extern "C" int launch(const char* kernel, u32 grid_x, u32 grid_y, u32 threads, u
     try {
         if (!strcmp(kernel, "index_queries")) run([&] { index_queries(a); });
         else if (!strcmp(kernel, "index_documents")) run([&] { index_documents(a); });
+        else if (!strcmp(kernel, "compact_documents")) run([&] { compact_documents(a); });
         else if (!strcmp(kernel, "forward")) run([&] { forward(a); });
         else if (!strcmp(kernel, "forward_sm90")) {
             const TensorMap& documents = *static_cast<const TensorMap*>(arguments[1]);
