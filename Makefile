@@ -29,8 +29,8 @@ LIMITED := timeout --signal=INT --kill-after=10 480
 gpu:
 	$(MAKE) gpu-check
 	$(MAKE) gpu-sanitize
-	$(MAKE) gpu-train
 	$(MAKE) gpu-benchmark
+	$(MAKE) gpu-train
 
 gpu-check:
 	$(LIMITED) $(PYTHON) scripts/check_maxsim.py
