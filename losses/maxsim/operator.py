@@ -6,7 +6,7 @@ The backend is an argument, so that what was chosen is what runs.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from losses.maxsim import kernels, reference
 from losses.maxsim.kernels import Index, Side
@@ -18,8 +18,8 @@ _INPUTS = (
     "Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask, Tensor? query_offsets, "
     "Tensor? document_offsets, SymInt query_tokens, SymInt document_tokens, SymInt candidates, str backend"
 )
-torch.library.define("lateforge::maxsim", f"({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
-torch.library.define(
+library.define("lateforge::maxsim", f"({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(
     "lateforge::maxsim_backward",
     f"(Tensor gradient, {_INPUTS}, Tensor winners, Tensor counts, Tensor positions, bool query_wanted, "
     "bool document_wanted) -> (Tensor, Tensor)",
@@ -134,9 +134,9 @@ def _no_index(side: Side) -> tuple[Tensor, Tensor]:
     return side.vectors.new_empty(0, dtype=torch.int32), side.vectors.new_empty(0, dtype=torch.int16)
 
 
-torch.library.impl("lateforge::maxsim", "default", _forward)
-torch.library.register_fake("lateforge::maxsim", _forward_shapes)
-torch.library.register_autograd("lateforge::maxsim", _differentiate, setup_context=_save_for_backward)
-torch.library.impl("lateforge::maxsim_backward", "default", _backward)
-torch.library.register_fake("lateforge::maxsim_backward", _backward_shapes)
-torch.library.register_autograd("lateforge::maxsim_backward", _refuse_second_derivative)
+library.impl("lateforge::maxsim", "default", _forward)
+library.register_fake("lateforge::maxsim", _forward_shapes)
+library.register_autograd("lateforge::maxsim", _differentiate, setup_context=_save_for_backward)
+library.impl("lateforge::maxsim_backward", "default", _backward)
+library.register_fake("lateforge::maxsim_backward", _backward_shapes)
+library.register_autograd("lateforge::maxsim_backward", _refuse_second_derivative)

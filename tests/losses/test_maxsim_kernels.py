@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import normalize
 
 from losses.maxsim import Packed, check_kernel, kernels, maxsim, maxsim_candidates, maxsim_packed
@@ -722,10 +722,10 @@ def test_opcheck_finds_nothing(use_operator: Use, backend: str, candidates: int)
     case = random_case(19, 48, F16, [17, "holes"], [70, "holes", 9, 0], longest=(17, 70), candidates=candidates)
     queries, documents = case.queries.nan_to_num(), case.documents.nan_to_num()
     arguments = (case.query_mask, case.document_mask, None, None, 17, 70, candidates, backend, True)
-    torch.library.opcheck(torch.ops.lateforge.maxsim.default, (leaf(queries), leaf(documents), *arguments))
+    library.opcheck(torch.ops.lateforge.maxsim.default, (leaf(queries), leaf(documents), *arguments))
     outputs = torch.ops.lateforge.maxsim(queries, documents, *arguments)
     gradient = random_gradient(case)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.lateforge.maxsim_backward.default,
         (gradient, queries, documents, *arguments[:-1], *outputs[1:], True, False),
         test_utils=("test_schema", "test_faketensor"),
@@ -737,7 +737,7 @@ def test_opcheck_finds_nothing_for_packed_texts(use_operator: Use) -> None:
     case = random_case(20, 48, F16, [17, 3], [70, 9, 0], longest=(17, 70))
     queries = packed(case.queries, [17, 3], before=0, after=0)
     documents = packed(case.documents, [70, 9, 0], before=0, after=0)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.lateforge.maxsim.default,
         (
             *(leaf(queries.vectors), leaf(documents.vectors), None, None),
