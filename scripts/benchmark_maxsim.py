@@ -117,6 +117,19 @@ def options(arguments: Sequence[str], **defaults: Any) -> dict[str, Any]:
     return chosen
 
 
+def options_on_gpu(program: str, arguments: Sequence[str], **defaults: Any) -> dict[str, Any] | None:
+    """As `options`, for what needs a GPU: None, after one line on stderr, for a mistake or where there is none."""
+    try:
+        chosen = options(arguments, **defaults)
+    except ValueError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return None
+    if not torch.cuda.is_available():
+        print(f"{program} needs a GPU: torch sees none", file=sys.stderr)
+        return None
+    return chosen
+
+
 def run_cpu(workloads: Sequence[Workload], *, seconds: float) -> int:
     """Print what this machine's products reach, and what MaxSim does. seconds: for each workload."""
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")

@@ -24,7 +24,7 @@ from torch.nn.functional import normalize, one_hot
 
 from losses import maxsim
 from losses.maxsim import kernels
-from scripts.benchmark_maxsim import options
+from scripts.benchmark_maxsim import options_on_gpu
 from scripts.maxsim_contestants import padded, similarities, token_offsets
 
 WINNER_TOLERANCE = 2.0**-17
@@ -78,13 +78,8 @@ class Result:
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
-        chosen = options(arguments, shapes=1000, seed=0, only=-1, small=False, seconds=420)
-    except ValueError as error:
-        print(f"check_maxsim: {error}", file=sys.stderr)
-        return 2
-    if not torch.cuda.is_available():
-        print("check_maxsim needs a GPU: torch sees none", file=sys.stderr)
+    chosen = options_on_gpu("check_maxsim", arguments, shapes=1000, seed=0, only=-1, small=False, seconds=420)
+    if chosen is None:
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     if obstacle := kernels.obstacle(device, torch.bfloat16, 128, 1):

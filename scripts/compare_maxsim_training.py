@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.benchmark_maxsim import options
+from scripts.benchmark_maxsim import options_on_gpu
 
 KEYS = (
     "experiment=quickstart",
@@ -31,15 +31,8 @@ EARLY_STEPS, EARLY_DRIFT, LATER_DRIFT, METRIC_DRIFT = 10, 0.02, 0.10, 0.02
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
-        chosen = options(arguments, steps=30)
-    except ValueError as error:
-        print(f"compare_maxsim_training: {error}", file=sys.stderr)
-        return 2
-    import torch
-
-    if not torch.cuda.is_available():
-        print("compare_maxsim_training needs a GPU: torch sees none", file=sys.stderr)
+    chosen = options_on_gpu("compare_maxsim_training", arguments, steps=30)
+    if chosen is None:
         return 2
     return compare([*KEYS, f"trainer.steps={chosen['steps']}"], backends=("cuda", "reference"))
 

@@ -91,7 +91,7 @@ def constants(embedding: int, dtype: torch.dtype) -> dict[str, int]:
     multiprocessor; 227 KiB is what sm_90 has.
     """
     narrow = embedding <= 128
-    numbers = {
+    n = {
         "EMBEDDING": embedding,
         "BFLOAT16": int(dtype == torch.bfloat16),
         "QUERY_INDEX_THREADS": 1024,
@@ -119,9 +119,8 @@ def constants(embedding: int, dtype: torch.dtype) -> dict[str, int]:
         "SLICE": 64,
         "SCANNED": 256,
     }
-    n = numbers
     row_bytes, panels = 2 * embedding + 16, ceil(embedding / 64)
-    return numbers | {
+    return n | {
         "FORWARD_SHARED_BYTES": n["STAGES"] * n["TILE"] * row_bytes,
         "SM90_SHARED_BYTES": n["STAGES_90"] * (panels * n["TILE_90"] * 128 + 16),
         "QUERY_SHARED_BYTES": n["STAGED"] * (n["QUERY_ROWS"] * 8 + 4),
@@ -329,14 +328,18 @@ def allocate_results(queries: Side, documents: Side, candidates: int, *, save: b
 
 def most_slabs(queries: Side) -> int:
     """Slabs of all queries where every token is scored; how many there are, only the device knows."""
-    if queries.offsets is None:
-        return queries.texts * -(-queries.longest // SLAB)
-    return min(queries.texts * -(-queries.longest // SLAB), queries.vectors.shape[0] // SLAB + queries.texts)
+    most = queries.texts * _slabs_of_longest(queries)
+    return most if queries.offsets is None else min(most, queries.vectors.shape[0] // SLAB + queries.texts)
 
 
 def winner_rows(queries: Side, candidates: int) -> int:
     """Winners saved for each document: one for each row of a slab, of all queries or of the one that it belongs to."""
-    return (-(-queries.longest // SLAB) if candidates else most_slabs(queries)) * SLAB
+    return (_slabs_of_longest(queries) if candidates else most_slabs(queries)) * SLAB
+
+
+def _slabs_of_longest(queries: Side) -> int:
+    # Not math.ceil of a quotient: torch.compile traces this with symbols.
+    return -(-queries.longest // SLAB)
 
 
 def _blocks_of_a_multiprocessor(program: Program, warps: int, shared_bytes: int) -> int:

@@ -145,7 +145,7 @@ __device__ __forceinline__ void add_winners(const Arguments& a, const int* rows,
 
 extern "C" __global__ void __launch_bounds__(DOCUMENT_WARPS * 32, 3) document_gradient(const __grid_constant__ Arguments a) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int ranges = (a.document_tokens + RANGE - 1) / RANGE;
+    const int ranges = divide_up(a.document_tokens, RANGE);
     const i64 part = (i64)blockIdx.x * DOCUMENT_WARPS + warp;
     const i64 owner = part / SLICES / ranges;
     if (owner >= a.num_documents) return;

@@ -14,8 +14,6 @@ struct Work {
     int first_slab, end_slab, first_document, end_document;
 };
 
-__device__ __forceinline__ int divide_up(int value, int by) { return (value + by - 1) / by; }
-
 // Parts that the documents of each group of slabs are cut into, so that the last wave of blocks is nearly full. How many
 // groups there are, the host does not know.
 __device__ __forceinline__ int document_parts(const Arguments& a, int groups, int documents) {
@@ -58,16 +56,12 @@ struct Slab {
 // Read a slab's vectors from where they lie as the A operand; rows past the slab's end are zero.
 __device__ __forceinline__ Slab load_slab(const Arguments& a, int slab, int end_slab, u32 (&fragment)[STEPS][4]) {
     const int lane = threadIdx.x % 32;
-    if (slab >= end_slab) {
-#pragma unroll
-        for (int step = 0; step < STEPS; step++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) fragment[step][i] = 0;
-        return {0, 0};
+    int query = 0, first = 0, rows = 0;
+    if (slab < end_slab) {
+        query = a.slab_queries[slab];
+        first = (slab - a.slab_starts[query]) * SLAB;
+        rows = min(SLAB, a.query_lengths[query] - first);
     }
-    const int query = a.slab_queries[slab];
-    const int first = (slab - a.slab_starts[query]) * SLAB;
-    const int rows = min(SLAB, a.query_lengths[query] - first);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = lane / 4 + half * 8;

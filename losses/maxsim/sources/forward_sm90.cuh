@@ -37,7 +37,7 @@ __device__ __forceinline__ void produce_tiles(const Arguments& a, Work work, Rin
         const int first = (int)first_token(a.document_offsets, document, a.document_tokens);
         for (int token = 0; token < length; token += TILE_90, ring.turn++) {
             barrier_wait(&ring.empty[ring.stage()], ring.parity() ^ 1);
-            const int boxes = (min(TILE_90, length - token) + BOX - 1) / BOX;
+            const int boxes = divide_up(min(TILE_90, length - token), BOX);
             barrier_expect(&ring.full[ring.stage()], boxes * PANELS * BOX_BYTES);
             unsigned char* tile = ring.tiles + ring.stage() * STAGE_BYTES;
             for (int panel = 0; panel < PANELS; panel++)
@@ -95,7 +95,7 @@ __device__ __forceinline__ void consume_tiles(const Arguments& a, Work work, Rin
         for (int token = 0; token < length; token += TILE_90, ring.turn++) {
             const int columns = min(TILE_90, length - token);
             barrier_wait(&ring.full[ring.stage()], ring.parity());
-            switch ((columns + BOX - 1) / BOX) {
+            switch (divide_up(columns, BOX)) {
                 case 1: score_tile_90<32>(fragment, ring, columns, token, best); break;
                 case 2: score_tile_90<64>(fragment, ring, columns, token, best); break;
                 case 3: score_tile_90<96>(fragment, ring, columns, token, best); break;

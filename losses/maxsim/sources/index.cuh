@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(QUERY_INDEX_THREADS, 1) index_queri
         int slabs = 0;  // of all queries before
         for (int start = 0; start < a.num_queries; start += 32) {
             const int query = start + lane;
-            const int own = query < a.num_queries ? (a.query_lengths[query] + SLAB - 1) / SLAB : 0;
+            const int own = query < a.num_queries ? divide_up(a.query_lengths[query], SLAB) : 0;
             int end = own;  // becomes the sum of all lanes up to this one
 #pragma unroll
             for (int distance = 1; distance < 32; distance *= 2) {
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32, 1) index_document
 
 extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32, 1) compact_documents(const __grid_constant__ Arguments a) {
     const int lane = threadIdx.x % 32;
-    const int ranges = (a.document_tokens + COMPACTED - 1) / COMPACTED;
+    const int ranges = divide_up(a.document_tokens, COMPACTED);
     const i64 part = (i64)blockIdx.x * INDEX_WARPS + threadIdx.x / 32;
     if (part / ranges >= a.num_documents) return;
     const int document = (int)(part / ranges), begin = (int)(part % ranges) * COMPACTED;

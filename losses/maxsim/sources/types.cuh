@@ -49,6 +49,8 @@ struct Arguments {
     int blocks_at_once;                  // of the forward kernel, on the whole device
 };
 
+__device__ __forceinline__ int divide_up(int value, int by) { return (value + by - 1) / by; }
+
 __device__ __forceinline__ i64 first_token(const i64* offsets, int text, int tokens) {
     return offsets ? offsets[text] : (i64)text * tokens;
 }

@@ -996,7 +996,10 @@ static inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     emulator::meet_warp(call);
 }
 
-static inline float to_float(u16 half) { return emulator::half_to_float(half); }
+static inline float larger(float a, float b) {
+    if (a != a || b != b) return __builtin_nanf("");
+    return a > b ? a : b;
+}
 
 static inline u32 pack_halves(float low, float high) {
     return emulator::float_to_half(low) | static_cast<u32>(emulator::float_to_half(high)) << 16;
@@ -1062,7 +1065,10 @@ static inline u64 descriptor(const void* pointer) {
 
 static inline void wgmma_fence() { emulator::fibres[emulator::current].fenced = true; }
 static inline void wgmma_commit() { emulator::fibres[emulator::current].committed = true; }
-static inline void wgmma_wait() { emulator::wait_for_products(); }
+template <int SUMS>
+static inline void wgmma_wait(float (&)[SUMS]) {
+    emulator::wait_for_products();
+}
 
 // wgmma.mma_async m64nNk16. d holds NaN until wgmma_wait. The operand in shared memory is read when the first thread
 // issues the product and again when it executes; if the two differ, d becomes NaN.

@@ -9,13 +9,6 @@
 #include "emulator.h"
 #include "types.cuh"
 
-inline float larger(float a, float b) { return a != a || b != b ? NAN : std::fmax(a, b); }
-
-template <int SUMS>
-void wgmma_wait(float (&)[SUMS]) {
-    wgmma_wait();
-}
-
 // The kernels' text, in the order of losses/maxsim/kernels.py.
 #include "index.cuh"
 #include "epilogue.cuh"
