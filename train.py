@@ -230,8 +230,17 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     from losses.factory import build_loss
     from trainer.console import make_console
     from trainer.display import print_end, print_start
-    from trainer.loop import Stopped, TrainingError, count_steps, train
-    from trainer.plan import build_accelerator, check_batch, check_steps, choose_maxsim, describe_run
+    from trainer.loop import Stopped, TrainingError, build_batches, count_steps, train
+    from trainer.optim import freeze
+    from trainer.plan import (
+        build_accelerator,
+        check_batch,
+        check_encoder,
+        check_steps,
+        check_teacher,
+        choose_maxsim,
+        describe_run,
+    )
 
     # What these warn of, such as queries that are cut, the start-up table says in figures.
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
@@ -242,12 +251,19 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     try:
         check_batch(config, len(data.train), accelerator.num_processes)
         check_steps(count_steps(config, len(data.train)), folder.saved_step() if resume else 0)
+        check_teacher(config, data)
         choose_maxsim(config, accelerator.device)
         set_seed(config.seed)
         encoder = build_encoder(config.backbone, config.head)
+        check_encoder(config, encoder)
         backend = choose_maxsim(config, accelerator.device, encoder)
+        width = encoder.get_embedding_dimension()
+        assert width is not None, "the head has one"
+        loss = build_loss(config.loss, width=width, maxsim=backend)
+        freeze(encoder, loss.learnt, config.optimizer)
+        batches = build_batches(config, data.train, encoder, accelerator)
         console = make_console(main=main_process)
-        print_start(console, encoder, describe_run(config, data, encoder, accelerator, backend))
+        print_start(console, encoder, describe_run(config, data, batches, encoder, loss, accelerator))
         for change in changes or []:
             console.print(f"changed  {change}")
         if resume and not folder.saved_step():
@@ -260,8 +276,9 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
             result = train(
                 accelerator,
                 encoder,
-                loss=build_loss(config.loss, maxsim=backend),
-                data=data,
+                loss=loss,
+                batches=batches,
+                evaluation=data.evaluation,
                 config=config,
                 folder=folder,
                 tracker=tracker,

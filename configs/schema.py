@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from itertools import pairwise
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -57,14 +58,22 @@ class Activation(Enum):
 class DataFormat(Enum):
     python_functions = "python_functions"
     pairs = "pairs"
+    distillation = "distillation"
 
 
-class LossName(Enum):
-    contrastive = "contrastive"
+class Score(Enum):
+    maxsim = "maxsim"
+    mean_maxsim = "mean_maxsim"
+
+
+class Normalization(Enum):
+    none = "none"
+    min_max = "min_max"
 
 
 class OptimizerName(Enum):
     adamw = "adamw"
+    muon = "muon"
 
 
 class Schedule(Enum):
@@ -162,7 +171,8 @@ class DataConfig:
     root: str
     """Folder that relative paths start from."""
     path: str | None
-    """File of examples (JSON lines, CSV, TSV, all also gzipped, or Parquet), or a folder that holds one per split."""
+    """File of examples (JSON lines, CSV, TSV, all also gzipped, or Parquet), or a folder that holds one per split;
+    distillation: a folder that holds also the files queries and documents."""
     split: str | None
     """Where path is a folder: the name of its file of training examples, without the ending."""
     evaluation_path: str | None
@@ -171,7 +181,7 @@ class DataConfig:
     """Where evaluation_path is a folder: the name of its file, without the ending."""
     evaluation_fraction: float
     """Share held out for evaluation where no evaluation_path is given (pairs: of the queries; python_functions: of the
-    modules); 0 trains without a score."""
+    modules; distillation: the last queries by id); 0 trains without a score."""
     query_column: str
     """Column of the query's text."""
     positive_column: str
@@ -179,16 +189,98 @@ class DataConfig:
     negative_columns: list[str] | None
     """Columns of documents that do not answer it: a text or a list of texts each; null takes every column named
     negative, negatives, negative_1, negative_2 and so on."""
+    documents_per_query: int | None
+    """Documents that a query is trained with: its positive, and of the others as many as fit, drawn anew each epoch;
+    null takes all."""
+
+
+@dataclass
+class LossTerms:
+    """Weight of each term in the sum that is minimised; 0 leaves it out. Each is logged by itself."""
+
+    contrastive: float
+    """Cross-entropy of each query's positive among the documents of the batch."""
+    distillation: float
+    """Divergence of the distribution over a query's own documents from the teacher's; needs teacher scores."""
+    margin_mse: float
+    """Squared error of each margin between a query's positive and another of its documents; needs teacher scores."""
+
+
+@dataclass
+class ContrastiveConfig:
+    """Read where loss.terms.contrastive is above 0."""
+
+    score: Score
+    """maxsim, or mean_maxsim: the same over the query's scored tokens."""
+    temperature: float
+    """Divisor of the scores before the softmax; where it is learnt, its first value."""
+    learn_temperature: bool
+    """Train the temperature's logarithm as well, at optimizer.learning_rate unless a group `loss.*` has its own."""
+    temperature_bounds: list[float]
+    """Lowest and highest value of a learnt temperature."""
+    symmetric: bool
+    """Take the mean with the other direction: cross-entropy of each positive's query among all queries."""
+    own_negatives: bool
+    """Whether a query meets its own explicit negatives; false, as in Stanford's ColBERT, leaves it those of others."""
+    mask_known_positives: bool
+    """Leave out of a query's negatives its positive where it stands again, and its other positives in the data."""
+    max_negative_ratio: float | None
+    """Leave out negatives that the model scores above this share of the positive's score; null leaves out none."""
+
+
+@dataclass
+class DistillationConfig:
+    """Read where loss.terms.distillation is above 0."""
+
+    score: Score
+    """maxsim, or mean_maxsim: the same over the query's scored tokens."""
+    student_temperature: float
+    """Divisor of the student's scores before the softmax; the divergence is multiplied by its square."""
+    teacher_temperature: float
+    """Divisor of the teacher's scores before the softmax."""
+    normalization: Normalization
+    """What is done to the student's scores first: nothing, or min_max over the query's documents, as PyLate does."""
+
+
+@dataclass
+class MarginMSEConfig:
+    """Read where loss.terms.margin_mse is above 0."""
+
+    score: Score
+    """maxsim, or mean_maxsim: the same over the query's scored tokens."""
+    teacher_temperature: float
+    """Divisor of the teacher's scores."""
+
+
+@dataclass
+class MatryoshkaConfig:
+    """Widths at which every term is computed, each of the first so many components, at unit length again."""
+
+    widths: list[int]
+    """From the model's own down; the evaluation reports each. Empty is the model's own alone."""
+    weights: list[float]
+    """Weight of each width in the sum."""
 
 
 @dataclass
 class LossConfig:
-    """What is minimised."""
+    """What is minimised: a weighted sum of terms over one forward pass."""
 
-    name: LossName
-    """Loss to minimise."""
-    temperature: float
-    """Divisor of the scores before the softmax."""
+    terms: LossTerms
+    contrastive: ContrastiveConfig
+    distillation: DistillationConfig
+    margin_mse: MarginMSEConfig
+    matryoshka: MatryoshkaConfig
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that have a learning rate of their own."""
+
+    pattern: str
+    """Names such as `head.*` or `backbone.encoder.layer.[0-3].*`; the first group that matches a name takes it."""
+    learning_rate: float
+    """Their highest learning rate; 0 freezes them."""
 
 
 @dataclass
@@ -199,6 +291,12 @@ class OptimizerConfig:
     """Optimiser."""
     learning_rate: float
     """Highest learning rate, reached at the end of the warm-up."""
+    muon_learning_rate: float | None
+    """muon: the same for the matrices that Muon trains; embeddings, norms and biases are AdamW's."""
+    muon_momentum: float | None
+    """muon: decay of the running mean of the gradient."""
+    groups: list[ParameterGroup]
+    """Learning rates of some parameters, by their names."""
     weight_decay: float
     """Decoupled weight decay of matrices; biases and norms have none."""
     betas: list[float]
@@ -230,7 +328,13 @@ class TrainerConfig:
     max_gradient_norm: float | None
     """Gradients are scaled down to this norm; null clips nothing."""
     chunk_tokens: int
-    """Texts of a batch are sorted by length and encoded in chunks of at most this many tokens, padding included."""
+    """Texts of a batch are sorted by length and encoded in chunks of at most this many tokens, padding included; read
+    where cache_tokens is null."""
+    cache_tokens: int | None
+    """Keep activations of one chunk at a time, of at most this many tokens, and encode each a second time for its
+    gradient (GradCache): the same gradient in the memory of a chunk. null keeps those of the whole micro-batch."""
+    gradient_checkpointing: bool
+    """Keep the inputs of the backbone's layers alone and compute the rest again: less memory, a third more time."""
     log_every_steps: int
     """Steps between two lines where there is no terminal to draw a progress bar on."""
     save_every_steps: int | None
@@ -393,15 +497,13 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _not_positive(
         ("backbone.query_length", config.backbone.query_length),
         ("backbone.document_length", config.backbone.document_length),
-        ("loss.temperature", config.loss.temperature),
-        ("optimizer.learning_rate", config.optimizer.learning_rate),
-        ("optimizer.epsilon", config.optimizer.epsilon),
         ("trainer.steps", config.trainer.steps),
         ("trainer.epochs", config.trainer.epochs),
         ("trainer.batch_size", config.trainer.batch_size),
         ("trainer.accumulation_steps", config.trainer.accumulation_steps),
         ("trainer.max_gradient_norm", config.trainer.max_gradient_norm),
         ("trainer.chunk_tokens", config.trainer.chunk_tokens),
+        ("trainer.cache_tokens", config.trainer.cache_tokens),
         ("trainer.log_every_steps", config.trainer.log_every_steps),
         ("trainer.save_every_steps", config.trainer.save_every_steps),
         ("trainer.keep_checkpoints", config.trainer.keep_checkpoints),
@@ -411,16 +513,12 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _head_problems(config.head)
     yield from _backbone_problems(config.backbone)
     yield from _data_problems(config.data)
+    yield from _loss_problems(config.loss, config.data)
+    yield from _optimizer_problems(config.optimizer)
     if not config.output_dir.strip():
         yield "output_dir= is empty: name the folder that receives the run"
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed} must lie between 0 and 4294967295"
-    if not 0 <= config.optimizer.weight_decay < float("inf"):
-        yield f"optimizer.weight_decay={config.optimizer.weight_decay} must be 0 or more, and finite"
-    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        yield f"optimizer.betas={config.optimizer.betas} must be two numbers, each at least 0 and below 1"
-    if not 0 <= config.optimizer.warmup_fraction <= 1:
-        yield f"optimizer.warmup_fraction={config.optimizer.warmup_fraction} must lie between 0 and 1"
     trainer = config.trainer
     if (trainer.steps is None) == (trainer.epochs is None):
         yield (
@@ -432,7 +530,7 @@ def _problems(config: Config) -> Iterator[str]:
             f"trainer.accumulation_steps={trainer.accumulation_steps} must divide "
             f"trainer.batch_size={trainer.batch_size}"
         )
-    if trainer.batch_size // trainer.accumulation_steps < 2:
+    if config.loss.terms.contrastive and trainer.batch_size // trainer.accumulation_steps < 2:
         yield (
             f"trainer.batch_size={trainer.batch_size} in trainer.accumulation_steps={trainer.accumulation_steps} "
             "leaves one query a micro-batch, which has no other document to be told from: use 2 or more"
@@ -444,6 +542,12 @@ def _not_positive(*values: tuple[str, float | None]) -> Iterator[str]:
         # `not >` also catches nan.
         if value is not None and not 0 < value < float("inf"):
             yield f"{key}={value} must be positive"
+
+
+def _negative(*values: tuple[str, float]) -> Iterator[str]:
+    for key, value in values:
+        if not 0 <= value < float("inf"):
+            yield f"{key}={value} must be 0 or more, and finite"
 
 
 def _head_problems(head: HeadConfig) -> Iterator[str]:
@@ -472,11 +576,106 @@ def _backbone_problems(backbone: BackboneConfig) -> Iterator[str]:
         yield f"backbone.sha256={backbone.sha256} must be 64 lower-case hexadecimal digits"
 
 
+def _loss_problems(loss: LossConfig, data: DataConfig) -> Iterator[str]:
+    weights = {f"loss.terms.{name}": weight for name, weight in vars(loss.terms).items()}
+    yield from _negative(*weights.items())
+    if not any(weights.values()):
+        yield "loss.terms are all 0: give one a weight, as in loss.terms.contrastive=1"
+    yield from _not_positive(
+        ("loss.contrastive.temperature", loss.contrastive.temperature),
+        ("loss.contrastive.max_negative_ratio", loss.contrastive.max_negative_ratio),
+        ("loss.distillation.student_temperature", loss.distillation.student_temperature),
+        ("loss.distillation.teacher_temperature", loss.distillation.teacher_temperature),
+        ("loss.margin_mse.teacher_temperature", loss.margin_mse.teacher_temperature),
+    )
+    if loss.contrastive.learn_temperature:
+        bounds = loss.contrastive.temperature_bounds
+        if len(bounds) != 2 or not 0 < bounds[0] < bounds[1] < float("inf"):
+            yield f"loss.contrastive.temperature_bounds={bounds} must be two rising numbers above 0"
+        elif not bounds[0] <= loss.contrastive.temperature <= bounds[1]:
+            yield (
+                f"loss.contrastive.temperature={loss.contrastive.temperature} lies outside "
+                f"loss.contrastive.temperature_bounds={bounds}: start within them"
+            )
+    widths = loss.matryoshka.widths
+    yield from _not_positive(*((f"loss.matryoshka.widths[{index}]", width) for index, width in enumerate(widths)))
+    if len(widths) == 1:
+        yield f"loss.matryoshka.widths={widths} must be two or more, or [] for the model's own alone"
+    if any(narrower >= wider for wider, narrower in pairwise(widths)):
+        yield f"loss.matryoshka.widths={widths} must descend, from the model's own width to the narrowest"
+    if len(loss.matryoshka.weights) != len(widths):
+        yield f"loss.matryoshka.weights={loss.matryoshka.weights} must be as many as loss.matryoshka.widths={widths}"
+    yield from _not_positive(
+        *((f"loss.matryoshka.weights[{index}]", weight) for index, weight in enumerate(loss.matryoshka.weights))
+    )
+    taught = [key for key in ("loss.terms.distillation", "loss.terms.margin_mse") if weights[key]]
+    if not taught:
+        return
+    if data.format is not DataFormat.distillation:
+        columns = ", ".join([data.query_column, data.positive_column, *(data.negative_columns or [])])
+        yield (
+            f"{taught[0]}={weights[taught[0]]:g} needs teacher scores; data={data.format.name} has the columns "
+            f"{columns}: use data=distillation data.path=..., or set it to 0"
+        )
+    # Of two, min_max makes 0 and 1, whatever they are.
+    min_max = weights["loss.terms.distillation"] and loss.distillation.normalization is Normalization.min_max
+    fewest = 3 if min_max else 2
+    if data.documents_per_query is not None and data.documents_per_query < fewest:
+        yield (
+            f"data.documents_per_query={data.documents_per_query} leaves {taught[0]} nothing to compare"
+            f"{' after loss.distillation.normalization=min_max' if min_max else ''}: use {fewest} or more"
+        )
+
+
+def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
+    yield from _not_positive(
+        ("optimizer.learning_rate", optimizer.learning_rate),
+        ("optimizer.epsilon", optimizer.epsilon),
+        ("optimizer.muon_learning_rate", optimizer.muon_learning_rate),
+    )
+    yield from _negative(
+        ("optimizer.weight_decay", optimizer.weight_decay),
+        *((f"optimizer.groups[{index}].learning_rate", g.learning_rate) for index, g in enumerate(optimizer.groups)),
+    )
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        yield f"optimizer.betas={optimizer.betas} must be two numbers, each at least 0 and below 1"
+    if not 0 <= optimizer.warmup_fraction <= 1:
+        yield f"optimizer.warmup_fraction={optimizer.warmup_fraction} must lie between 0 and 1"
+    if optimizer.muon_momentum is not None and not 0 <= optimizer.muon_momentum < 1:
+        yield f"optimizer.muon_momentum={optimizer.muon_momentum} must be at least 0 and below 1"
+    for key, value in (("learning_rate", optimizer.muon_learning_rate), ("momentum", optimizer.muon_momentum)):
+        if (optimizer.name is OptimizerName.muon) != (value is not None):
+            rule = "has no effect on optimizer=adamw: use optimizer=muon"
+            needed = "is needed by optimizer=muon: set a number"
+            yield f"optimizer.muon_{key}={value} {needed if value is None else rule}"
+
+
+def _taught_data_problems(data: DataConfig) -> Iterator[str]:
+    if data.path is None:
+        yield "data.path=null: data=distillation needs a folder with queries, documents and teacher scores"
+    if data.split is None:
+        yield "data.split=null: data=distillation reads a file of its folder: name it, as in data.split=train"
+    if data.evaluation_path is not None and data.evaluation_split is None:
+        yield (
+            f"data.evaluation_split=null: name the file of data.evaluation_path={data.evaluation_path}, "
+            "as in data.evaluation_split=test"
+        )
+    if data.negative_columns is not None:
+        yield (
+            f"data.negative_columns={data.negative_columns} has no effect on data=distillation, whose rows rank "
+            "documents: set it to null"
+        )
+
+
 def _data_problems(data: DataConfig) -> Iterator[str]:
+    if data.documents_per_query is not None and data.documents_per_query < 1:
+        yield f"data.documents_per_query={data.documents_per_query} must be 1 or more: a query keeps its positive"
     if not 0 <= data.evaluation_fraction < 1:
         yield f"data.evaluation_fraction={data.evaluation_fraction} must be at least 0 and below 1"
     if data.format is DataFormat.pairs and data.path is None:
         yield "data.path=null: data=pairs needs a file, as in data.path=mine.jsonl"
+    if data.format is DataFormat.distillation:
+        yield from _taught_data_problems(data)
     if data.format is DataFormat.python_functions:
         given: dict[str, Any] = {
             "path": data.path,

@@ -1,11 +1,12 @@
 """Several processes train one run: commands as a user types them, against one process."""
 
 import json
+import pickle
 import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -13,9 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 
+from configs.schema import Config, parse_config
 from tests.conftest import ROOT, WORDS, run_command, tiny_overrides
+from tests.gradients_worker import ALL_TERMS, FROZEN, LOSSES, STEP, Case, Step, largest_error, take_step
 
 SCRIPTS = Path(sys.executable).parent
 TRAIN = str(ROOT / "train.py")
@@ -33,6 +40,7 @@ OVERRIDES = [
     "backbone.dropout=0",
     # The whole gradient and not its direction alone.
     "trainer.max_gradient_norm=null",
+    "loss.contrastive.learn_temperature=true",
     "optimizer.learning_rate=1e-3",
 ]
 
@@ -74,22 +82,23 @@ class Run:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with examples whose documents differ in length: some of them with negatives, and the same without."""
-    folder = tmp_path_factory.mktemp("data")
+    """A file of examples whose documents differ in length, some of them with negatives."""
     generator = random.Random(1)
 
     def text(longest: int) -> str:
         return " ".join(generator.choices(WORDS, k=generator.randint(2, longest)))
 
-    pairs: list[dict[str, Any]] = [{"query": text(5), "positive": text(14)} for _ in range(EXAMPLES)]
-    negatives = [[text(14) for _ in range(generator.choice([0, 0, 1, 3]))] for _ in pairs]
-    rows = {
-        "pairs": pairs,
-        "negatives": [{**pair, "negative": texts} for pair, texts in zip(pairs, negatives, strict=True)],
-    }
-    for name, examples in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
-    return folder
+    rows = [
+        {
+            "query": text(5),
+            "positive": text(14),
+            "negative": [text(14) for _ in range(generator.choice([0, 0, 1, 3]))],
+        }
+        for _ in range(EXAMPLES)
+    ]
+    path = tmp_path_factory.mktemp("data") / "negatives.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +107,11 @@ def run_with(tiny_bert: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
 
     def run(program: list[str], *overrides: str, folder: Path | None = None) -> Run:
         folder = folder or tmp_path_factory.mktemp("run")
-        path = data / "negatives.jsonl"
         done = run_on_cpus(
             program,
             *tiny_overrides(tiny_bert, folder),
             *OVERRIDES,
-            *(f"data.path={path}", f"data.evaluation_path={path}"),
+            *(f"data.path={data}", f"data.evaluation_path={data}"),
             *overrides,
             home=folder / "home",
         )
@@ -114,11 +122,12 @@ def run_with(tiny_bert: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def run_of(run_with: Callable[..., Run]) -> Callable[[int], Run]:
-    """The run of some number of processes, trained once."""
+    """The run of some number of processes, trained once; that of three is cached."""
 
     @cache
     def run(processes: int) -> Run:
-        ours = run_with(torchrun(processes) if processes > 1 else [sys.executable, TRAIN])
+        cached = ["trainer.cache_tokens=24"] if processes == 3 else []
+        ours = run_with(torchrun(processes) if processes > 1 else [sys.executable, TRAIN], *cached)
         assert ours.done.returncode == 0, ours.done.stderr
         return ours
 
@@ -134,7 +143,7 @@ def assert_same_run(ours: Run, one: Run, *, processes: int) -> None:
         assert line["step"] == expected["step"]
         if line["step"] > 0:
             # Sums in another order, in float32, and at most two steps from it.
-            for name in ("train/loss", "train/gradient_norm", "train/learning_rate"):
+            for name in ("train/loss", "train/temperature", "train/gradient_norm", "train/learning_rate"):
                 assert line[name] == pytest.approx(expected[name], rel=1e-5), (name, line["step"])
             tokens, expected_tokens = (
                 each["train/document_tokens_per_second"] * each["train/seconds"] for each in (line, expected)
@@ -173,7 +182,7 @@ def test_two_processes_leave_one_run_and_say_everything_once(run_of: Callable[[i
     assert not errors(ours.done)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, 3], ids=["2-plain", "3-cached"])
 def test_several_processes_have_the_losses_gradient_norms_and_scores_of_one(
     processes: int, run_of: Callable[[int], Run]
 ) -> None:
@@ -182,36 +191,93 @@ def test_several_processes_have_the_losses_gradient_norms_and_scores_of_one(
     assert_same_run(run_of(processes), one, processes=processes)
 
 
+# --- One gradient ---
+
+# Without dropout, the number of processes changes nothing.
+CASES = {
+    **{loss: (overrides, torch.float64) for loss, overrides in LOSSES.items()},
+    "float32": (ALL_TERMS, torch.float32),
+    "frozen": ([*ALL_TERMS, FROZEN], torch.float64),
+    "frozen_temperature": ([*ALL_TERMS, "optimizer.groups=[{pattern:loss.*,learning_rate:0}]"], torch.float64),
+    "checkpointing": ([*ALL_TERMS, "trainer.gradient_checkpointing=true"], torch.float64),
+}
+DROPOUT = {
+    "dropout": [*ALL_TERMS, "backbone.dropout=0.1"],
+    "dropout_frozen_checkpointing": [
+        *(*ALL_TERMS, FROZEN),
+        *("backbone.dropout=0.1", "trainer.gradient_checkpointing=true"),
+    ],
+}
+Steps = dict[tuple[str, str], Step]
+"""By the case's name and by `plain` or `cached`."""
+
+
 @pytest.fixture(scope="module")
-def gradients(tiny_bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the gradients of one process and of two."""
-    folder = tmp_path_factory.mktemp("gradients")
-    worker = ["-m", "tests.gradients_worker"]
-    for program in ([sys.executable, *worker], torchrun(2, *worker)):
-        done = run_on_cpus(
-            program,
-            str(data),
-            *tiny_overrides(tiny_bert, folder),
-            *OVERRIDES,
-            *("trainer.steps=1", "data.evaluation_fraction=0"),
-            home=folder / "home",
-        )
-        assert done.returncode == 0, done.stderr
-    return data
+def cases(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    ConfigStore.instance().store("schema", Config)
+    base = [*tiny_overrides(tiny_bert, tmp_path_factory.mktemp("unused")), *STEP]
+    every = CASES | {name: (overrides, torch.float64) for name, overrides in DROPOUT.items()}
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return {
+            name: Case(parse_config(compose("train", [*base, *overrides])), dtype)
+            for name, (overrides, dtype) in every.items()
+        }
 
 
-@pytest.mark.parametrize("examples", ["pairs", "negatives"])
-def test_two_processes_have_the_gradient_of_one_for_every_parameter(examples: str, gradients: Path) -> None:
-    one, two = (load_file(gradients / f"{examples}_of_{processes}.safetensors") for processes in (1, 2))
-    assert list(two) == list(one)
-    largest = max(gradient.abs().max().item() for gradient in one.values())
-    for name, gradient in one.items():
-        if name.endswith("key.bias"):
-            # It adds the same to all scores of a query, which the softmax takes away: what is left is rounding.
-            assert max(gradient.abs().max().item(), two[name].abs().max().item()) < 1e-9 * largest
-            continue
-        error = ((two[name] - gradient).abs().max() / gradient.abs().max()).item()
-        assert error < 1e-5, f"{name}: {error}"
+@pytest.fixture(scope="module", params=[2, 3])
+def each(
+    cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> list[Steps]:
+    """What each of so many processes has of every case, all of them in one launch."""
+    folder = tmp_path_factory.mktemp("steps")
+    (folder / "cases").write_bytes(pickle.dumps(cases))
+    done = run_on_cpus(torchrun(request.param, "-m", "tests.gradients_worker"), str(folder), home=folder / "home")
+    assert done.returncode == 0, done.stderr
+    return [pickle.loads((folder / f"{rank}_of_{request.param}").read_bytes()) for rank in range(request.param)]
+
+
+@pytest.fixture
+def plain_step(cases: dict[str, Case]) -> Iterator[Callable[[str], Step]]:
+    """That of one process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield lambda name: take_step(Accelerator(cpu=True), cases[name])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_plain_or_cached_have_the_gradient_and_the_losses_of_a_plain_one(
+    name: str, each: list[Steps], plain_step: Callable[[str], Step]
+) -> None:
+    one = plain_step(name)
+    tolerance = 1e-5 if CASES[name][1] is torch.float32 else 1e-10
+    for kind in ("plain", "cached"):
+        for steps in each:
+            error, parameter = largest_error(steps[name, kind], one)
+            assert error <= tolerance, f"{kind}, {parameter}: {error}"
+        logged = {what: sum(steps[name, kind].logged[what] for steps in each) for what in one.logged}
+        assert logged["loss"] == pytest.approx(one.logged["loss"], rel=tolerance), kind
+        # What was masked is counted in float32.
+        assert logged == pytest.approx(one.logged, rel=max(tolerance, 1e-6)), kind
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_cached_processes_drop_what_as_many_plain_ones_of_the_same_chunks_drop(
+    name: str, each: list[Steps], plain_step: Callable[[str], Step]
+) -> None:
+    for steps in each:
+        error, parameter = largest_error(steps[name, "cached"], steps[name, "plain"])
+        assert error <= 1e-10, f"{parameter}: {error}"
+        assert steps[name, "cached"].logged == pytest.approx(steps[name, "plain"].logged, rel=1e-10)
+        # Each drops something, which one process does not.
+        assert largest_error(steps[name, "plain"], plain_step(name))[0] > 0.01
+
+
+def test_a_step_synchronises_once_plain_or_cached(each: list[Steps]) -> None:
+    for steps in each:
+        assert {key: step.synchronisations for key, step in steps.items()} == dict.fromkeys(steps, 1)
+
+
+# --- Mistakes ---
 
 
 def test_a_batch_that_the_processes_cannot_share_gets_one_line(run_with: Callable[..., Run]) -> None:

@@ -12,8 +12,9 @@ from signal import SIGINT, SIGKILL, SIGTERM, Signals
 from typing import Any
 
 import pytest
-import torch
 from filelock import FileLock
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Dense
 from torch import nn
 
 from configs.schema import Config
@@ -142,7 +143,7 @@ def assert_equal(folder: Path, straight: Path) -> None:
     for result, path in zip(results, (folder, straight), strict=True):
         assert path.parent / result["model"] == path / "model"
         assert path.parent / result["best"].pop("model") == path / "best"
-    for key in ("best", "steps", "queries", "before", "after", "padding_fraction"):
+    for key in ("best", "steps", "queries", "before", "after", "change", "padding_fraction"):
         assert results[0][key] == results[1][key], key
     # Nothing is left half written, and nothing that only a resumed run needs.
     assert {path.name for path in folder.iterdir()} == {path.name for path in straight.iterdir()}
@@ -322,9 +323,9 @@ def test_a_run_that_is_made_longer_follows_the_new_schedule_at_once(
     ]
     assert without_clock(folder)[: newest + 1] == without_clock(straight)[: newest + 1]
     rates = [line["train/learning_rate"] for line in read_lines(folder / "metrics.jsonl")[1:]]
-    parameter = nn.Parameter(torch.zeros(1))
     settings = make_config("optimizer.learning_rate=3e-3").optimizer
-    optimizer = build_optimizer(nn.ParameterList([parameter]), settings)
+    layer = MultiVectorEncoder(modules=[Dense(1, 1, bias=False)], device="cpu")
+    optimizer = build_optimizer(layer, nn.ModuleDict(), settings)
     schedule = build_schedule(optimizer, settings, steps=steps)
     expected = []
     for _ in range(steps):

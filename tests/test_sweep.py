@@ -362,7 +362,7 @@ def test_where_every_job_fails_the_first_error_is_said(
     swept: str, error: str, tiny_jobs: list[str], tmp_path: Path
 ) -> None:
     command = ["-m", *tiny_jobs, swept]
-    done = run_command(*command, cwd=tmp_path)
+    done = run_command(*command, cwd=tmp_path, LATEFORGE_DATA="data")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "2 of 2 jobs did not finish; the same command goes on",

@@ -32,6 +32,24 @@ def write_pairs(folder: Path) -> Path:
     return path
 
 
+def write_distillation(folder: Path, *, scores: list[float]) -> Path:
+    """The pairs as rows that a teacher has ranked: positive, negative, and a text of the next row."""
+    texts = list(dict.fromkeys(text for _, *documents in PAIRS for text in documents))
+    ranked = [[*PAIRS[row][1:], PAIRS[row - 1][1]] for row in range(len(PAIRS))]
+    files: dict[str, list[dict[str, Any]]] = {
+        "queries": [{"query_id": row, "text": query} for row, (query, *_) in enumerate(PAIRS)],
+        "documents": [{"document_id": row, "text": text} for row, text in enumerate(texts)],
+        "train": [
+            {"query_id": row, "document_ids": [texts.index(text) for text in own], "scores": scores}
+            for row, own in enumerate(ranked)
+        ],
+    }
+    folder.mkdir()
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 @pytest.fixture
 def pairs_file(tmp_path: Path) -> Path:
     return write_pairs(tmp_path)
@@ -163,6 +181,51 @@ def test_training_goes_on_from_a_saved_model_with_its_own_settings(tiny_run: lis
     assert results[0]["after"] == results[1]["before"]
 
 
+def test_a_run_with_a_teacher_says_what_it_does_and_logs_each_part(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = write_distillation(tmp_path / "set", scores=[3.0, 1.0, 0.0])
+    done = run_command(
+        *tiny_overrides(tiny_bert, tmp_path),
+        *("data=distillation", f"data.path={folder}", "data.evaluation_fraction=0.25", "data.documents_per_query=2"),
+        *("loss=distillation_contrastive", "loss.contrastive.learn_temperature=true"),
+        "loss.distillation.normalization=none",
+        *("loss.matryoshka={widths: [128, 32], weights: [1, 0.5]}", "optimizer=muon", "trainer.cache_tokens=64"),
+        *("optimizer.groups=[{pattern: backbone.embeddings.*, learning_rate: 0}]", "trainer.batch_size=3"),
+        *("trainer.steps=2", "trainer.gradient_checkpointing=true", "backbone.skiplist=['.']"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "data distillation, 6 training examples" in lines
+    # Of rows 6 and 7: "the cat meows", "a dog", "a fish swims", "the dog barks", "a fish".
+    assert "evaluation 2 queries, 5 documents, each query's own re-ranked" in lines
+    assert "documents a query its positive and 1 more, drawn from up to 2 anew each epoch" in lines
+    assert (
+        "negatives a query 2 in the batch + 2 explicit of other queries + 1 of its own; known positives masked "
+        "(train/..._masked)" in lines
+    )
+    assert any(line.endswith("a step and process, of at most 64 tokens, each encoded twice") for line in lines)
+    assert "synchronisations none, one process" in lines
+    assert "loss 0.1 contrastive of maxsim + 1 distillation of maxsim, at the widths 128 x 1, 32 x 0.5" in lines
+    # Four numbers a score, and an index for each of 8 query tokens, at two widths.
+    assert "scores 3 queries x 6 documents of all, 1.73 kB with gradients and winners" in lines
+    assert (
+        "optimizer muon 0.001 for 13 matrices, adamw 8e-05 for the rest; frozen: backbone.embeddings.* (5,504 "
+        "parameters)" in lines
+    )
+
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert {"eval/ndcg@10", "eval/ndcg@10/32"} <= set(metrics[0])
+    terms = {f"train/{term}@{width}" for term in ("contrastive", "distillation") for width in (128, 32)}
+    rates = {f"train/learning_rate/{name}" for name in ("adamw", "muon")}
+    assert terms | rates | {"train/temperature", "train/known_positives_masked"} <= set(metrics[1])
+    assert any(line.startswith("step 1/2 loss ") and " (contrastive " in line for line in lines)
+    change = read_json(tmp_path / "run" / "result.json")["change"]
+    assert (
+        f"change of ndcg@10: {change['change']:+.4f}, 95 % interval over the queries {change['low']:+.4f} to "
+        f"{change['high']:+.4f}" in lines
+    )
+
+
 # --- what a person sees ---
 
 
@@ -174,7 +237,13 @@ def test_the_start_up_table_shows_the_widths_and_the_batch(tiny_run: list[str]) 
     assert "Dense 32 -> 512, GELU, bias, residual over a learned map 33,280" in lines
     assert "Dense 512 -> 128, Identity, no bias 65,536" in lines
     assert "batch 4 queries a step, 1 micro-batch(es) of 4, 1 process(es)" in lines
-    assert "negatives a query 3 in the batch + 4.0 explicit of all its queries" in lines
+    assert "documents a query its positive and 1 more" in lines
+    assert (
+        "negatives a query 3 in the batch + 3 explicit of other queries + 1 of its own; known positives masked "
+        "(train/..._masked)" in lines
+    )
+    assert "loss 1 contrastive of maxsim" in lines
+    assert "optimizer adamw 0.0001" in lines
     assert "MaxSim reference, as the kernel needs an NVIDIA GPU, and this runs on cpu" in lines
 
 
@@ -240,6 +309,21 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
             ["head=linear", "head.layers=[]"],
             "head.layers=[] with head.keep=none leaves no layer: add one, or set head.keep=all",
         ),
+        (["loss.contrastive.temperature=0"], "loss.contrastive.temperature=0.0 must be positive"),
+        (["loss.temperature=0.5"], "loss.temperature is no key; the nearest is loss.contrastive.temperature "),
+        (
+            ["data=pairs", "data.path=mine.jsonl", "loss=distillation"],
+            "loss.terms.distillation=1 needs teacher scores; data=pairs has the columns query, positive: "
+            "use data=distillation data.path=..., or set it to 0",
+        ),
+        (
+            ["optimizer.groups=[{patern:head.*}]"],
+            "optimizer.groups[0].patern is no key; the nearest is optimizer.groups.0.pattern ",
+        ),
+        (
+            ["optimizer.muon_momentum=0.9"],
+            "optimizer.muon_momentum=0.9 has no effect on optimizer=adamw: use optimizer=muon",
+        ),
         (["trainer.epochs=1"], "trainer.steps=110 and trainer.epochs=1.0: exactly one must be set"),
         (["seed=["], "seed=[ cannot be parsed: write key=value"),
         (["backbone=checkpoint"], "backbone.name has no value: set backbone.name=..."),
@@ -293,6 +377,42 @@ def test_a_mistake_in_the_data_gets_one_line_with_its_place(
     path.write_text(content)
     done = run_command(*tiny_overrides(tiny_bert, tmp_path), "data=pairs", f"data.path={path}", *arguments)
     assert refused(done).startswith(message.format(path=path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_leaves_one_document_gets_one_line(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = write_distillation(tmp_path / "set", scores=[30.0, 10.0, 0.0])
+    done = run_command(
+        *(*tiny_overrides(tiny_bert, tmp_path), "data=distillation", f"data.path={folder}", "loss=distillation"),
+        *("trainer.batch_size=4", "data.evaluation_fraction=0"),
+    )
+    assert refused(done) == (
+        "loss.distillation.teacher_temperature=1 leaves one document more than 99% in 100% of 8 queries, such as "
+        f"{folder}/train.jsonl:1 (30, 10, 0, ...): raise it; the scores of a query have a standard deviation of 12.5"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "optimizer.groups=[{pattern: backbone.*, learning_rate: 0}, {pattern: head.*, learning_rate: 0}]",
+            "optimizer.groups freeze every parameter of the encoder: with learning_rate=0 for backbone.*, head.* "
+            "there is nothing left to train: give one a rate above 0",
+        ),
+        (
+            "loss.matryoshka={widths: [64, 32], weights: [1, 1]}",
+            "loss.matryoshka.widths=[64, 32] must begin with the model's own width, 128: "
+            "set it to [128, 64, 32], or give the head another width",
+        ),
+    ],
+    ids=["all frozen", "widths"],
+)
+def test_what_the_model_cannot_do_gets_one_line(
+    argument: str, message: str, tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert refused(run_command(*tiny_run, argument)).startswith(message)
     assert not (tmp_path / "run").exists()
 
 
@@ -361,3 +481,15 @@ def test_squad_sentences_train_by_their_name(tiny_bert: Path, tmp_path: Path, re
     assert examples > 11_000
     # At most 32 a step: an epoch is cut evenly.
     assert 93 <= read_json(tmp_path / "run" / "result.json")["queries"] <= 96
+
+
+def test_the_teacher_of_trec_dl_trains_by_its_experiment(tiny_bert: Path, tmp_path: Path, real_data: Path) -> None:
+    done = run_command(
+        *("experiment=distillation_trec_dl", *tiny_overrides(tiny_bert, tmp_path), "trainer.steps=2"),
+        LATEFORGE_DATA=str(real_data),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "data distillation, 100 training examples" in lines
+    assert any(line.startswith("evaluation 29 queries, ") for line in lines)
+    assert all(line["train/distillation"] > 0 for line in read_lines(tmp_path / "run" / "metrics.jsonl")[1:])

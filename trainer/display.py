@@ -1,5 +1,6 @@
 """What a person reads: the start-up table, the progress of a run, and its end."""
 
+from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,6 +11,10 @@ from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from torch import nn
+
+from configs.schema import LossTerms
+
+TERMS = [field.name for field in fields(LossTerms)]
 
 
 def print_start(console: Console, encoder: MultiVectorEncoder, facts: dict[str, str]) -> None:
@@ -68,7 +73,7 @@ def describe_head(layers: list[Dense]) -> str | None:
 
 def print_end(console: Console, result: dict[str, Any]) -> None:
     """Print the scores before and after, where the models lie, and how to load them."""
-    before, after, best = result["before"], result["after"], result["best"]
+    before, after, best, change = (result[key] for key in ("before", "after", "best", "change"))
     if before is not None and after is not None:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("")
@@ -78,6 +83,10 @@ def print_end(console: Console, result: dict[str, Any]) -> None:
             table.add_row(metric, f"{before[metric]:.4f}", f"{value:.4f}", f"{value - before[metric]:+.4f}")
         console.print()
         console.print(table)
+        console.print(
+            f"change of {change['metric']}: {change['change']:+.4f}, "
+            f"95 % interval over the queries {change['low']:+.4f} to {change['high']:+.4f}"
+        )
     console.print()
     if best is not None and best["model"] != result["model"]:
         console.print(f"best model, of step {best['step']}: {best['model']}")
@@ -120,7 +129,7 @@ class ProgressDisplay:
     def step(self, step: int, metrics: dict[str, float], *, seconds_left: float) -> None:
         """Show a finished step."""
         assert self._task is not None, "shown inside the with block"
-        quality = f"loss {metrics['train/loss']:.4f}  lr {metrics['train/learning_rate']:.2e}"
+        quality = f"loss {metrics['train/loss']:.4f}{_terms(metrics)}  lr {metrics['train/learning_rate']:.2e}"
         speed = (
             f"{metrics['train/queries_per_second']:.1f} queries/s  "
             f"{metrics['train/document_tokens_per_second']:,.0f} document tokens/s"
@@ -137,3 +146,13 @@ class ProgressDisplay:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._console.print(line)
+
+
+def _terms(metrics: dict[str, float]) -> str:
+    """The terms of a loss that has several, each at its widest."""
+    values: dict[str, float] = {}
+    for key, value in metrics.items():
+        name = key.removeprefix("train/").partition("@")[0]
+        if name in TERMS:
+            values.setdefault(name, value)
+    return f" ({', '.join(f'{name} {value:.4f}' for name, value in values.items())})" if len(values) > 1 else ""

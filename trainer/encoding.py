@@ -1,17 +1,36 @@
 """Encode a token batch into the vectors and masks that losses take."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from sentence_transformers import MultiVectorEncoder
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from losses.batch import EncodedBatch
 from trainer.data.batches import Batch, TokenizedTexts
 
+Encode = Callable[..., dict[str, Any]]
+"""Takes the features of a chunk and its task; returns token_embeddings and attention_mask, which tokens are scored."""
 
-def encode_batch(encoder: nn.Module, batch: Batch, device: torch.device) -> EncodedBatch:
-    """Encode the queries and the documents of a micro-batch, with gradients."""
+
+class TrainedModel(nn.Module):
+    """The encoder and what the loss learns, as the one module that DistributedDataParallel synchronises."""
+
+    def __init__(self, encoder: MultiVectorEncoder, learnt: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.loss = learnt
+
+    def forward(self, features: dict[str, Any], *, task: str) -> dict[str, Any]:
+        """Encode a chunk of texts of one side."""
+        output: dict[str, Any] = self.encoder(features, task=task)
+        return output
+
+
+def encode_batch(encoder: Encode, batch: Batch, device: torch.device) -> EncodedBatch:
+    """Encode the queries and the documents of a micro-batch."""
     queries, query_mask = encode_texts(encoder, batch.queries, device, task="query")
     documents, document_mask = encode_texts(encoder, batch.documents, device, task="document")
     return EncodedBatch(
@@ -19,26 +38,43 @@ def encode_batch(encoder: nn.Module, batch: Batch, device: torch.device) -> Enco
         query_mask=query_mask,
         documents=documents,
         document_mask=document_mask,
-        positive_index=torch.arange(len(queries), device=device),
+        candidates=batch.candidates.to(device),
+        teacher_scores=None if batch.teacher_scores is None else batch.teacher_scores.to(device),
+        document_ids=batch.document_ids.to(device),
+        known_positives=batch.known_positives.to(device),
     )
 
 
-def encode_texts(
-    encoder: nn.Module, texts: TokenizedTexts, device: torch.device, *, task: str
-) -> tuple[Tensor, Tensor]:
+def encode_texts(encoder: Encode, texts: TokenizedTexts, device: torch.device, *, task: str) -> tuple[Tensor, Tensor]:
     """Return vectors (N, J, H) and scoring mask (N, J) in the order in which the texts were given."""
     outputs = [encoder(_to(chunk, device), task=task) for chunk in texts.chunks]
-    longest = max(output["token_embeddings"].shape[1] for output in outputs)
-    # Padded here and not before: the backbone computes each chunk at its own length.
-    vectors = [
-        F.pad(output["token_embeddings"], (0, 0, 0, longest - output["token_embeddings"].shape[1]))
-        for output in outputs
-    ]
-    masks = [
-        F.pad(output["attention_mask"].bool(), (0, longest - output["attention_mask"].shape[1])) for output in outputs
-    ]
-    restore = texts.restore.to(device)
-    return torch.cat(vectors)[restore], torch.cat(masks)[restore]
+    vectors = [output["token_embeddings"] for output in outputs]
+    order = texts.restore.to(device).argsort()
+    rows = list(order.split([len(part) for part in vectors]))
+    longest = max(part.shape[1] for part in vectors)
+    joined: Tensor = _Join.apply(rows, longest, *vectors)
+    mask: Tensor = _Join.apply(rows, longest, *(output["attention_mask"].bool() for output in outputs))
+    return joined, mask
+
+
+class _Join(torch.autograd.Function):
+    """Put the texts of all chunks where they were given, each filled up with zeros to the longest.
+
+    In one copy; pad, concatenate and index would hold three of all vectors, which is most of what a cached step holds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: list[Tensor], longest: int, *chunks: Tensor) -> Tensor:
+        ctx.places = [(part, chunk.shape[1]) for part, chunk in zip(rows, chunks, strict=True)]
+        joined = chunks[0].new_zeros(sum(map(len, chunks)), longest, *chunks[0].shape[2:])
+        for chunk, (part, tokens) in zip(chunks, ctx.places, strict=True):
+            joined[part, :tokens] = chunk
+        return joined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient[part, :tokens] for part, tokens in ctx.places)
 
 
 def _to(features: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -12,20 +12,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
 from rich.console import Console
 from sentence_transformers import MultiVectorEncoder
-from torch import Tensor, nn
+from sentence_transformers.base.modules import Transformer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from configs.schema import Config
 from losses.factory import Loss
 from trainer.checkpoint import TrainState, UnreadableCheckpoint, gather_random_states, set_random_state
-from trainer.data import Data
 from trainer.data.batches import Batch, StepBatches, count_steps_per_epoch
+from trainer.data.files import identity
+from trainer.data.retrieval import RetrievalSet
 from trainer.display import ProgressDisplay
-from trainer.encoding import encode_batch
+from trainer.encoding import TrainedModel, encode_batch
 from trainer.evaluation import evaluate
-from trainer.optim import build_optimizer, build_schedule
+from trainer.grad_cache import GradCache
+from trainer.metrics import change_interval, means
+from trainer.optim import build_optimizer, build_schedule, learning_rates
 from trainer.run_folder import BEST, MODEL, RunFolder
 from trainer.stop import StopWish
 from trainer.tracker import Tracker
@@ -52,12 +57,42 @@ def count_steps(config: Config, examples: int) -> int:
     return max(1, math.ceil(round(steps, 6)))  # 0.07 of 100 steps are 7, though the product is a little more
 
 
+def build_batches(
+    config: Config, examples: Dataset, encoder: MultiVectorEncoder, accelerator: Accelerator
+) -> StepBatches:
+    """What this process has of each step."""
+    return StepBatches(
+        examples,
+        encoder,
+        batch_size=config.trainer.batch_size,
+        accumulation_steps=config.trainer.accumulation_steps,
+        chunk_tokens=config.trainer.cache_tokens or config.trainer.chunk_tokens,
+        documents_per_query=config.data.documents_per_query,
+        seed=config.seed,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+
+
+def build_model(encoder: MultiVectorEncoder, loss: Loss, config: Config) -> TrainedModel:
+    """What is trained, as one module."""
+    if config.trainer.gradient_checkpointing:
+        transformer = encoder[0]
+        assert isinstance(transformer, Transformer), "the factory puts the backbone first"
+        # The name from transformers 5.23 on, which 5.0 does not know, and 6 will not know the old one.
+        enable = getattr(transformer.model, "activation_checkpointing_enable", None)
+        # Not the reentrant kind: it breaks under DistributedDataParallel, and where the embeddings are frozen.
+        (enable or transformer.model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return TrainedModel(encoder, loss.learnt)
+
+
 def train(
     accelerator: Accelerator,
     encoder: MultiVectorEncoder,
     *,
     loss: Loss,
-    data: Data,
+    batches: StepBatches,
+    evaluation: RetrievalSet | None,
     config: Config,
     folder: RunFolder,
     tracker: Tracker,
@@ -69,36 +104,44 @@ def train(
     Raises TrainingError where the loss is not finite, Stopped after a signal.
     """
     started = time.perf_counter()
-    steps = count_steps(config, len(data.train))
-    batches = StepBatches(
-        data.train,
-        encoder,
-        batch_size=config.trainer.batch_size,
-        accumulation_steps=config.trainer.accumulation_steps,
-        chunk_tokens=config.trainer.chunk_tokens,
-        seed=config.seed,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    encoder.to(accelerator.device)
-    optimizer = build_optimizer(encoder, config.optimizer)
+    steps = count_steps(config, len(batches.examples))
+    whole = build_model(encoder, loss, config).to(accelerator.device)
+    optimizer = build_optimizer(encoder, loss.learnt, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, steps=steps)
-    state = TrainState(encoder, optimizer, schedule, accelerator.scaler)
+    state = TrainState(whole, optimizer, schedule, accelerator.scaler)
     # Each process drops other activations.
     set_seed(config.seed, device_specific=True)
     resume(state, accelerator, folder, console)
     for line in folder.metrics():  # what a tracker of the killed run may not have got to its disk or server
         tracker.log(line.pop("step"), line)
     done, earlier_seconds = state.progress, state.progress.seconds
-    model, optimizer = accelerator.prepare(encoder, optimizer)
+    model, optimizer = accelerator.prepare(whole, optimizer)
+    cached, watched = config.trainer.cache_tokens is not None, config.evaluation.metric.name
 
     def score() -> dict[str, float] | None:
-        if data.evaluation is None:
+        """The metrics; of the watched one the value of each query is kept, as the last and, at first, as the first."""
+        if evaluation is None:
             return None
-        return evaluate(encoder, data.evaluation, batch_size=config.evaluation.batch_size)
+        with accelerator.autocast():
+            values = evaluate(
+                encoder,
+                evaluation,
+                batch_size=config.evaluation.batch_size,
+                widths=config.loss.matryoshka.widths[1:],
+            )
+        done.after_by_query = list(values[watched].values())
+        return means(values)
 
+    evaluation_id = identity("\n".join(evaluation.queries.values())) if evaluation is not None else 0
+    if done.step > 0 and done.evaluation_id != evaluation_id:
+        raise TrainingError(
+            f"{folder.path} was scored on other queries before it stopped: give it the data that it had, or start "
+            f"again with rerun={folder.path} output_dir=..."
+        )
+    done.evaluation_id = evaluation_id
     if done.step == 0:
         done.before = done.after = score()
+        done.before_by_query = done.after_by_query
         folder.log(0, _prefixed("eval", done.before))
         tracker.log(0, _prefixed("eval", done.before))
     if done.before is not None:
@@ -113,25 +156,29 @@ def train(
         for micro_batches in loader:
             step = done.step + 1
             model.train()
-            step_loss = compute_gradient(accelerator, model, loss, micro_batches)
+            losses = compute_gradient(accelerator, model, loss, micro_batches, cached=cached)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.trainer.max_gradient_norm or math.inf)
             counts = {
-                "loss": step_loss.item(),
+                **losses,
                 "queries": sum(len(batch.rows) for batch in micro_batches),
                 "tokens": sum(batch.documents.tokens for batch in micro_batches),
                 "padded_tokens": sum(batch.documents.padded_tokens for batch in micro_batches),
                 "signal": wish.signal or 0,
             }
             counts = _sum_over_processes(accelerator, counts)
-            loss_value, gradient_norm = counts.pop("loss"), float(norm)
+            losses, gradient_norm = {name: counts.pop(name) for name in losses}, float(norm)
             stop_signal = counts.pop("signal")
             # The scaler of fp16 skips a step whose gradient overflows.
-            for name, value in (("loss", loss_value), ("gradient norm", gradient_norm)):
+            for name, value in (("loss", losses["loss"]), ("gradient norm", gradient_norm)):
                 if not math.isfinite(value) and not (name == "gradient norm" and accelerator.scaler):
-                    raise _not_finite(step, name, value, [data.train[row] for row in batches.rows(step - 1)], folder)
-            learning_rate = float(schedule.get_last_lr()[0])
+                    raise _not_finite(
+                        step, name, value, [batches.examples[row] for row in batches.rows(step - 1)], folder
+                    )
+            rates = learning_rates(optimizer)
+            scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:
+            # fp16 lowers its scale where it skips a step; of fused AdamW, accelerate does not see that.
+            if not accelerator.scaler or accelerator.scaler.get_scale() >= scale:
                 schedule.step()
             optimizer.zero_grad()
 
@@ -139,8 +186,9 @@ def train(
             done.step = step
             done.totals = {key: done.totals[key] + value for key, value in counts.items()}
             metrics: dict[str, float] = {
-                "train/loss": loss_value,
-                "train/learning_rate": learning_rate,
+                **_prefixed("train", losses),
+                "train/learning_rate": next(iter(rates.values())),
+                **(_prefixed("train/learning_rate", rates) if len(rates) > 1 else {}),
                 "train/gradient_norm": gradient_norm,
                 **_prefixed("train", _rates(counts)),
                 "train/seconds": counts["seconds"],
@@ -153,7 +201,7 @@ def train(
                 if done.after is not None:
                     progress.say(f"step {step}  {_one_line(done.after)}")
                     # The last model is saved anyway: where it is the best, no earlier one is kept beside it.
-                    value = done.after[config.evaluation.metric.name]
+                    value = done.after[watched]
                     if done.best is None or value > done.best:
                         done.best, done.best_step = value, step
                         if step < steps:
@@ -172,11 +220,15 @@ def train(
                     raise Stopped(wish.signal or SIGTERM, _how_to_go_on(accelerator, folder, step, steps))
             step_started = time.perf_counter()
 
-    path = folder.save_model(accelerator.unwrap_model(model, keep_fp32_wrapper=False), MODEL, step=steps)
+    path = folder.save_model(encoder, MODEL, step=steps)
     best = None
     if done.best is not None:
         best_path = folder.path / BEST if done.best_step < steps else path
-        best = {"model": str(best_path), "step": done.best_step, config.evaluation.metric.name: done.best}
+        best = {"model": str(best_path), "step": done.best_step, watched: done.best}
+    interval = None
+    if done.before is not None and done.after is not None:
+        low, high = change_interval(done.before_by_query, done.after_by_query)
+        interval = {"metric": watched, "change": done.after[watched] - done.before[watched], "low": low, "high": high}
     return {
         "model": str(path),
         "best": best,
@@ -186,23 +238,34 @@ def train(
         "processes": accelerator.num_processes,
         "before": done.before,
         "after": done.after,
+        "change": interval,
         **_rates(done.totals),
         "peak_memory_bytes": max(gather_object([peak_memory_bytes(accelerator.device)])),
     }
 
 
-def compute_gradient(accelerator: Accelerator, model: nn.Module, loss: Loss, micro_batches: list[Batch]) -> Tensor:
-    """Leave in the parameters the gradient of the mean loss over all queries of the step, on all processes, and return
-    what this process adds to that loss."""
-    step_loss = torch.zeros((), device=accelerator.device)
+def compute_gradient(
+    accelerator: Accelerator, model: TrainedModel, loss: Loss, micro_batches: list[Batch], *, cached: bool
+) -> dict[str, float]:
+    """Leave in the parameters the gradient of the mean loss over all queries of the step, on all processes, which
+    synchronise once; return what this process adds to the means of that loss and of all that it logs.
+
+    cached: encode twice and hold the activations of one chunk at a time.
+    """
+    logged: dict[str, Tensor] = {}
     for batch in micro_batches:
-        with accelerator.no_sync(model) if batch is not micro_batches[-1] else nullcontext():
+        last = batch is micro_batches[-1]
+        encoder = GradCache(model) if cached else model
+        with nullcontext() if last and not cached else accelerator.no_sync(model):
             with accelerator.autocast():
-                micro_loss = loss(encode_batch(model, batch, accelerator.device)) * batch.share
+                value, parts = loss(encode_batch(encoder, batch, accelerator.device))
             # DistributedDataParallel takes the mean over processes, and the shares make a sum of it.
-            accelerator.backward(micro_loss * accelerator.num_processes)
-        step_loss += micro_loss.detach()
-    return step_loss
+            accelerator.backward(value * (batch.share * accelerator.num_processes))
+        if isinstance(encoder, GradCache):
+            encoder.replay(accelerator, list(loss.learnt.parameters()), synchronise=last)
+        for name, part in {"loss": value.detach(), **parts}.items():
+            logged[name] = logged.get(name, 0.0) + part * batch.share
+    return dict(zip(logged, torch.stack(list(logged.values())).tolist(), strict=True))
 
 
 def resume(state: TrainState, accelerator: Accelerator, folder: RunFolder, console: Console) -> None:

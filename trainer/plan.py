@@ -5,20 +5,28 @@ import statistics
 import warnings
 from typing import TypedDict
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 
-from configs.schema import Config, ConfigError, Precision
+from configs.schema import Config, ConfigError, LossConfig, Precision, Score
+from losses.factory import Loss
 from losses.maxsim import check_kernel, choose_backend, kernel_obstacle
 from trainer.data import Data
-from trainer.data.batches import count_steps_per_epoch
+from trainer.data.batches import Batch, StepBatches, choose_documents, count_steps_per_epoch
 from trainer.loop import count_steps
+from trainer.optim import describe_optimizer
 
 # Texts whose length is measured for the start-up table.
 SAMPLE = 512
+# Queries whose teacher is looked at, evenly over the data.
+TEACHER_SAMPLE = 10_000
+# A teacher's distribution is one document's where that has more than this share.
+ONE_HOT = 0.99
 
 
 def check_batch(config: Config, examples: int, processes: int) -> None:
@@ -46,17 +54,87 @@ def check_steps(steps: int, done: int) -> None:
         )
 
 
+def check_teacher(config: Config, data: Data) -> None:
+    """Raise ConfigError where most of the teacher's scores cannot teach: the same for all documents of a query, one
+    document's alone under the softmax, or margins that no MaxSim has; of the documents that the first epoch takes."""
+    terms, loss = config.loss.terms, config.loss
+    if not (terms.distillation or terms.margin_mse):
+        return
+    rows = range(0, len(data.train), max(1, len(data.train) // TEACHER_SAMPLE))
+    sample = data.train.select_columns(["scores", "place"]).select(rows)
+    wanted = config.data.documents_per_query
+    taught = [
+        np.array(scores)[choose_documents(len(scores), wanted, seed=(config.seed, 0, row))]
+        for row, scores in zip(rows, sample["scores"], strict=True)
+    ]
+
+    def complain(bad: list[bool], what: str, remedy: str) -> None:
+        if sum(bad) > len(bad) / 2:
+            first = bad.index(True)
+            scores = ", ".join(f"{score:g}" for score in taught[first][:3])
+            raise ConfigError(
+                f"{what} in {sum(bad) / len(bad):.0%} of {len(bad)} queries, such as {sample[first]['place']} "
+                f"({scores}, ...): {remedy}"
+            )
+
+    complain(
+        [np.ptp(scores) == 0 for scores in taught],
+        "the teacher's scores are all the same",
+        "there is nothing to learn from; check data.path",
+    )
+    if terms.distillation:
+        temperature = loss.distillation.teacher_temperature
+        deviation = np.median([scores.std() for scores in taught])
+        complain(
+            # The largest of a softmax is one over the sum of all relative to it.
+            [1 / np.exp((scores - scores.max()) / temperature).sum() > ONE_HOT for scores in taught],
+            f"loss.distillation.teacher_temperature={temperature:g} leaves one document more than {ONE_HOT:.0%}",
+            f"raise it; the scores of a query have a standard deviation of {deviation:.3g}",
+        )
+    if terms.margin_mse and config.backbone.query_length is not None:
+        temperature, highest = loss.margin_mse.teacher_temperature, config.backbone.query_length
+        if loss.margin_mse.score is Score.mean_maxsim:
+            highest = 1
+        margins = [np.abs(scores[0] - scores[1:]).mean() for scores in taught]
+        complain(
+            [margin / temperature > 2 * highest for margin in margins],
+            f"loss.margin_mse.teacher_temperature={temperature:g} leaves margins above {2 * highest}, which "
+            f"{loss.margin_mse.score.name} cannot have,",
+            f"raise it; the margins of a query are {np.median(margins):.3g} on average",
+        )
+
+
+def check_encoder(config: Config, encoder: MultiVectorEncoder) -> None:
+    """Raise ConfigError where the model cannot do what the loss and the trainer ask of it."""
+    widths, own = config.loss.matryoshka.widths, encoder.get_embedding_dimension()
+    if widths and widths[0] != own:
+        raise ConfigError(
+            f"loss.matryoshka.widths={widths} must begin with the model's own width, {own}: "
+            f"set it to {[own, *(width for width in widths if width < (own or 0))]}, or give the head another width"
+        )
+    transformer = encoder[0]
+    assert isinstance(transformer, Transformer)
+    if config.trainer.gradient_checkpointing and not transformer.model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"trainer.gradient_checkpointing=true: {type(transformer.model).__name__} cannot; "
+            "set it to false, and trainer.cache_tokens for memory"
+        )
+
+
 def choose_maxsim(config: Config, device: torch.device, encoder: MultiVectorEncoder | None = None) -> str:
     """Return the name of the MaxSim that runs, or raise ConfigError where the one asked for cannot.
 
     Without an encoder, whose sizes may forbid the kernel, the answer says what the machine and the precision allow.
     With one, the kernel is compiled and held against the reference.
     """
-    choice, vectors = config.trainer.maxsim.name, _what_maxsim_gets(config, device, encoder)
+    choice = config.trainer.maxsim.name
     try:
-        backend = choose_backend(choice, **vectors)
+        vectors = _what_maxsim_gets(config, device, encoder)
+        # One for all widths: those that the kernel cannot take would be others' numbers.
+        backend = min((choose_backend(choice, **each) for each in vectors), key=("reference", "cuda").index)
         if backend == "cuda" and encoder is not None:
-            check_kernel(device, vectors["dtype"], vectors["embedding_size"])
+            for each in vectors:
+                check_kernel(device, each["dtype"], each["embedding_size"])
     except ValueError as error:
         raise ConfigError(f"trainer.{error}") from error
     except RuntimeError as error:
@@ -100,36 +178,102 @@ def build_accelerator(config: Config) -> Accelerator:
 
 
 def describe_run(
-    config: Config, data: Data, encoder: MultiVectorEncoder, accelerator: Accelerator, backend: str
+    config: Config, data: Data, batches: StepBatches, encoder: MultiVectorEncoder, loss: Loss, accelerator: Accelerator
 ) -> dict[str, str]:
-    """The facts of the start-up table, by name."""
+    """The facts of the start-up table, by name; those of a batch are the first step's."""
     trainer = config.trainer
     micro_batch = trainer.batch_size // trainer.accumulation_steps
-    explicit = sum(map(len, data.train["negatives"])) / len(data.train)
     processes = accelerator.num_processes
     each = f"{micro_batch // processes}" if micro_batch % processes == 0 else f"about {micro_batch / processes:.1f}"
-    negatives = f"{micro_batch - 1} in the batch" + (" gathered from all processes" if processes > 1 else "")
-    if explicit:
-        negatives += f" + {explicit * micro_batch:.1f} explicit of all its queries"
     evaluation = f"none: data.evaluation_fraction={config.data.evaluation_fraction:g} holds out no example"
     if data.evaluation is not None:
         evaluation = f"{len(data.evaluation.queries):,} queries, {len(data.evaluation.corpus):,} documents"
+        evaluation += ", each query's own re-ranked" if data.evaluation.candidates is not None else ""
     steps = count_steps(config, len(data.train))
     sample = data.train[:SAMPLE]
-    reason = kernel_obstacle(**_what_maxsim_gets(config, accelerator.device, encoder))
+    reasons = [kernel_obstacle(**each) for each in _what_maxsim_gets(config, accelerator.device, encoder)]
+    reason = next(filter(None, reasons), None)
+    counts = pc.list_value_length(
+        data.train.select_columns("document_ids").with_format("arrow")[:]["document_ids"]
+    ).to_numpy()
+    # Beside the positive, on average.
+    others = np.minimum(counts, config.data.documents_per_query or counts).mean() - 1
+    micro_batches = batches[0]
+    queries, documents = (
+        sum(len(getattr(batch, side).chunks) for batch in micro_batches) for side in ("queries", "documents")
+    )
+    kept = f"of at most {batches.chunk_tokens:,} tokens" + (", each encoded twice" if trainer.cache_tokens else "")
+    gradients = sum(4 * parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
     return {
         "data": f"{config.data.format.name}, {len(data.train):,} training examples",
         "evaluation": evaluation,
         "queries": _lengths(encoder, sample["query"], "query"),
-        "documents": _lengths(encoder, sample["positive"], "document"),
+        "documents": _lengths(encoder, [texts[0] for texts in sample["documents"]], "document"),
         "batch": f"{trainer.batch_size} queries a step, {trainer.accumulation_steps} micro-batch(es) of {micro_batch}, "
         f"{processes} process(es)" + (f" of {each} queries each" if processes > 1 else ""),
-        "negatives a query": negatives,
+        "documents a query": _documents(counts, others),
+        "negatives a query": _negatives(config.loss, others, micro_batch, processes),
+        "chunks": f"{queries} of queries and {documents} of documents a step and process, {kept}",
+        "synchronisations": f"1 a step, of {_size(gradients)} of gradients" if processes > 1 else "none, one process",
+        "loss": _loss(loss),
+        "scores": _scores(micro_batches, loss, processes),
+        "optimizer": describe_optimizer(encoder, loss.learnt, config.optimizer),
         "steps": f"{steps:,}, {steps / count_steps_per_epoch(len(data.train), trainer.batch_size):.2f} epochs",
         "precision": f"{trainer.precision.name} on {accelerator.device.type}",
-        "MaxSim": backend + (f", as {reason}" if backend != config.trainer.maxsim.name and reason else ""),
+        "MaxSim": loss.maxsim + (f", as {reason}" if loss.maxsim != trainer.maxsim.name and reason else ""),
         "output": config.output_dir,
     }
+
+
+def _documents(counts: "np.ndarray[tuple[int], np.dtype[np.int64]]", others: float) -> str:
+    if not others:
+        return "1, its positive"
+    drawn = f", drawn from up to {counts.max() - 1} anew each epoch" if others < counts.mean() - 1 else ""
+    return f"its positive and {others:.4g} more{drawn}"
+
+
+def _negatives(loss: LossConfig, others: float, micro_batch: int, processes: int) -> str:
+    if not loss.terms.contrastive:
+        return "none: no contrastive term"
+    own = micro_batch / processes
+    words = f"{own - 1:.4g} in the batch"
+    words += f" + {micro_batch - own:.4g} gathered from other processes" if processes > 1 else ""
+    if others:
+        words += f" + {others * (micro_batch - 1):.4g} explicit of other queries"
+        words += f" + {others:.4g} of its own" if loss.contrastive.own_negatives else ""
+    masked = ["known positives"] if loss.contrastive.mask_known_positives else []
+    if loss.contrastive.max_negative_ratio is not None:
+        masked.append(f"those above {loss.contrastive.max_negative_ratio:g} of the positive's score")
+    return words + (f"; {' and '.join(masked)} masked (train/..._masked)" if masked else "")
+
+
+def _loss(loss: Loss) -> str:
+    words = " + ".join(f"{weight:g} {name} of {loss.reads[name].name}" for name, weight in loss.weights.items())
+    if len(loss.widths) > 1:
+        words += ", at the widths " + ", ".join(f"{width} x {weight:g}" for width, weight in loss.widths.items())
+    return words
+
+
+def _scores(micro_batches: list[Batch], loss: Loss, processes: int) -> str:
+    """How many there are on one process, and the memory that they and the winners for their gradient take."""
+    largest = max(micro_batches, key=lambda batch: len(batch.rows))
+    queries, documents = largest.candidates.shape
+    whose = "of its own"
+    if "contrastive" in loss.terms:
+        documents, whose = len(largest.document_ids) * processes, "of all processes" if processes > 1 else "of all"
+    tokens = max(chunk["input_ids"].shape[1] for chunk in largest.queries.chunks)
+    # A float32 for each score, its softmax and the gradients of both, and the winner for each of the query's tokens.
+    size = len(loss.widths) * queries * documents * (16 + tokens * (2 if loss.maxsim == "cuda" else 4))
+    return f"{queries:,} queries x {documents:,} documents {whose}, {_size(size)} with gradients and winners"
+
+
+def _size(count: float) -> str:
+    """Bytes, as a person reads them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB"
 
 
 class _MaxSimInput(TypedDict):
@@ -139,7 +283,8 @@ class _MaxSimInput(TypedDict):
     longest_text: int
 
 
-def _what_maxsim_gets(config: Config, device: torch.device, encoder: MultiVectorEncoder | None) -> _MaxSimInput:
+def _what_maxsim_gets(config: Config, device: torch.device, encoder: MultiVectorEncoder | None) -> list[_MaxSimInput]:
+    """At each width."""
     dtype = {Precision.float32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
     sizes = _MaxSimInput(device=device, dtype=dtype[config.trainer.precision], embedding_size=16, longest_text=0)
     if encoder is not None:
@@ -148,7 +293,8 @@ def _what_maxsim_gets(config: Config, device: torch.device, encoder: MultiVector
         assert width is not None
         sizes["embedding_size"] = width
         sizes["longest_text"] = max(_cap(transformer, task) for task in ("query", "document"))
-    return sizes
+    widths = config.loss.matryoshka.widths or [sizes["embedding_size"]]
+    return [sizes | {"embedding_size": width} for width in widths]
 
 
 def _cap(transformer: Transformer, task: str) -> int:

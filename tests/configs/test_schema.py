@@ -1,6 +1,7 @@
 """Every rule of the config by its exact key, and every preset by composing it."""
 
 import json
+import math
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +26,21 @@ MakeConfig = Callable[..., Config]
 PRESETS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in (ROOT / "configs").glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "accelerate")
+    if path.parent.name != "accelerate"
 )
+PAIRS = ("data=pairs", "data.path=mine.jsonl")
+DISTILLATION = ("data=distillation", "data.path=folder")
+# What a preset needs beside it.
+EXTRA = {
+    "data=pairs": [*PAIRS],
+    "data=distillation": [*DISTILLATION],
+    **{f"loss={name}": [*DISTILLATION] for name in ("distillation", "distillation_contrastive", "margin_mse")},
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes_and_states_every_value(preset: str, make_config: MakeConfig) -> None:
-    extra = ["data.path=mine.jsonl"] if preset == "data=pairs" else []
-    config = make_config(preset, *extra)
+    config = make_config(preset, *EXTRA.get(preset, []))
     assert "???" not in OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -58,7 +66,6 @@ def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: 
         ("data=pairs", r"^data\.path=null: data=pairs needs a file"),
         ("output_dir=", r"^output_dir= is empty: name the folder"),
         ("seed=-1", r"^seed=-1 must lie between 0 and 4294967295$"),
-        ("loss.temperature=0", r"^loss\.temperature=0\.0 must be positive$"),
         ("optimizer.learning_rate=nan", r"^optimizer\.learning_rate=nan must be positive$"),
         ("optimizer.weight_decay=-1", r"^optimizer\.weight_decay=-1\.0 must be 0 or more, and finite$"),
         ("optimizer.weight_decay=nan", r"^optimizer\.weight_decay=nan must be 0 or more, and finite$"),
@@ -68,6 +75,7 @@ def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: 
         ("trainer.steps=null", r"^trainer\.steps=None and trainer\.epochs=None: exactly one must be set"),
         ("trainer.accumulation_steps=5", r"^trainer\.accumulation_steps=5 must divide trainer\.batch_size=32$"),
         ("trainer.batch_size=1", r"^trainer\.batch_size=1 in trainer\.accumulation_steps=1 leaves one query"),
+        ("trainer.cache_tokens=0", r"^trainer\.cache_tokens=0 must be positive$"),
         ("trainer.save_every_steps=0", r"^trainer\.save_every_steps=0 must be positive$"),
         ("trainer.save_every_steps=-5", r"^trainer\.save_every_steps=-5 must be positive$"),
         ("trainer.keep_checkpoints=0", r"^trainer\.keep_checkpoints=0 must be positive$"),
@@ -80,6 +88,197 @@ def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: 
 def test_a_bad_value_is_named_with_its_rule(override: str, message: str, make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config("head=linear", override)
+
+
+ASK_A_TEACHER = ": use data=distillation data.path=..., or set it to 0"
+LEARNT = "loss.contrastive.learn_temperature=true"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.terms.contrastive=-0.5"], "loss.terms.contrastive=-0.5 must be 0 or more, and finite"),
+        (["loss.terms.distillation=nan"], "loss.terms.distillation=nan must be 0 or more, and finite"),
+        (["loss.terms.margin_mse=inf"], "loss.terms.margin_mse=inf must be 0 or more, and finite"),
+        (
+            ["loss.terms.contrastive=0"],
+            "loss.terms are all 0: give one a weight, as in loss.terms.contrastive=1",
+        ),
+        (["loss.contrastive.temperature=0"], "loss.contrastive.temperature=0.0 must be positive"),
+        (["loss.contrastive.max_negative_ratio=0"], "loss.contrastive.max_negative_ratio=0.0 must be positive"),
+        (["loss.distillation.student_temperature=-1"], "loss.distillation.student_temperature=-1.0 must be positive"),
+        (["loss.distillation.teacher_temperature=0"], "loss.distillation.teacher_temperature=0.0 must be positive"),
+        (["loss.margin_mse.teacher_temperature=nan"], "loss.margin_mse.teacher_temperature=nan must be positive"),
+        *(
+            (
+                [LEARNT, f"loss.contrastive.temperature_bounds={bounds}"],
+                f"loss.contrastive.temperature_bounds={bounds} must be two rising numbers above 0",
+            )
+            for bounds in ([0.1], [0.1, 1.0, 2.0], [0.0, 1.0], [-1.0, 1.0], [1.0, 1.0], [2.0, 0.5], [0.1, math.inf])
+        ),
+        *(
+            (
+                [LEARNT, f"loss.contrastive.temperature={temperature}"],
+                f"loss.contrastive.temperature={temperature} lies outside "
+                "loss.contrastive.temperature_bounds=[0.01, 10.0]: start within them",
+            )
+            for temperature in (0.005, 10.5)
+        ),
+        (
+            ["loss.matryoshka={widths: [128, 0], weights: [1, 1]}"],
+            "loss.matryoshka.widths[1]=0 must be positive",
+        ),
+        *(
+            (
+                [f"loss.matryoshka={{widths: {widths}, weights: [1, 1, 1]}}"],
+                f"loss.matryoshka.widths={widths} must descend, from the model's own width to the narrowest",
+            )
+            for widths in ([32, 64, 128], [128, 64, 64], [128, 32, 64])
+        ),
+        (
+            ["loss.matryoshka={widths: [128], weights: [1]}"],
+            "loss.matryoshka.widths=[128] must be two or more, or [] for the model's own alone",
+        ),
+        *(
+            (
+                [f"loss.matryoshka={{widths: {widths}, weights: {weights}}}"],
+                f"loss.matryoshka.weights={weights} must be as many as loss.matryoshka.widths={widths}",
+            )
+            for widths, weights in (([128, 64], [1.0]), ([128, 64], []), ([], [1.0]))
+        ),
+        (
+            ["loss.matryoshka={widths: [128, 64], weights: [1, 0]}"],
+            "loss.matryoshka.weights[1]=0.0 must be positive",
+        ),
+        (
+            ["loss=distillation"],
+            "loss.terms.distillation=1 needs teacher scores; data=python_functions has the columns query, positive"
+            + ASK_A_TEACHER,
+        ),
+        (
+            ["loss.terms.margin_mse=0.25", *PAIRS],
+            "loss.terms.margin_mse=0.25 needs teacher scores; data=pairs has the columns query, positive"
+            + ASK_A_TEACHER,
+        ),
+        (
+            [
+                *("loss=distillation", "loss.terms.margin_mse=1", *PAIRS, "data.negative_columns=[no, never]"),
+                *("data.query_column=question", "data.positive_column=answer"),
+            ],
+            "loss.terms.distillation=1 needs teacher scores; data=pairs has the columns question, answer, no, never"
+            + ASK_A_TEACHER,
+        ),
+        *(
+            (
+                ["loss=distillation", *DISTILLATION, f"data.documents_per_query={count}"],
+                f"data.documents_per_query={count} leaves loss.terms.distillation nothing to compare after "
+                "loss.distillation.normalization=min_max: use 3 or more",
+            )
+            for count in (1, 2)
+        ),
+        (
+            [
+                *("loss=distillation", *DISTILLATION, "data.documents_per_query=1"),
+                "loss.distillation.normalization=none",
+            ],
+            "data.documents_per_query=1 leaves loss.terms.distillation nothing to compare: use 2 or more",
+        ),
+        (
+            ["loss=margin_mse", *DISTILLATION, "data.documents_per_query=1"],
+            "data.documents_per_query=1 leaves loss.terms.margin_mse nothing to compare: use 2 or more",
+        ),
+        (["optimizer.learning_rate=0"], "optimizer.learning_rate=0.0 must be positive"),
+        (["optimizer.epsilon=0"], "optimizer.epsilon=0.0 must be positive"),
+        (["optimizer=muon", "optimizer.muon_learning_rate=0"], "optimizer.muon_learning_rate=0.0 must be positive"),
+        *(
+            (
+                ["optimizer=muon", f"optimizer.muon_momentum={momentum}"],
+                f"optimizer.muon_momentum={momentum} must be at least 0 and below 1",
+            )
+            for momentum in (1.0, -0.5, math.nan)
+        ),
+        *(
+            (
+                [f"optimizer.muon_{key}=0.5"],
+                f"optimizer.muon_{key}=0.5 has no effect on optimizer=adamw: use optimizer=muon",
+            )
+            for key in ("learning_rate", "momentum")
+        ),
+        *(
+            (
+                ["optimizer=muon", f"optimizer.muon_{key}=null"],
+                f"optimizer.muon_{key}=None is needed by optimizer=muon: set a number",
+            )
+            for key in ("learning_rate", "momentum")
+        ),
+        (
+            ["optimizer.groups=[{pattern: a, learning_rate: 0}, {pattern: b, learning_rate: -1}]"],
+            "optimizer.groups[1].learning_rate=-1.0 must be 0 or more, and finite",
+        ),
+        (
+            ["optimizer.groups=[{pattern: a, learning_rate: nan}]"],
+            "optimizer.groups[0].learning_rate=nan must be 0 or more, and finite",
+        ),
+        (
+            ["optimizer.groups=[{pattern: a}]"],
+            "optimizer.groups[0].learning_rate has no value: set optimizer.groups[0].learning_rate=...",
+        ),
+        *(
+            (
+                [f"data.documents_per_query={count}"],
+                f"data.documents_per_query={count} must be 1 or more: a query keeps its positive",
+            )
+            for count in (0, -2)
+        ),
+        (
+            ["data=distillation"],
+            "data.path=null: data=distillation needs a folder with queries, documents and teacher scores",
+        ),
+        (
+            [*DISTILLATION, "data.split=null"],
+            "data.split=null: data=distillation reads a file of its folder: name it, as in data.split=train",
+        ),
+        (
+            [*DISTILLATION, "data.evaluation_path=other"],
+            "data.evaluation_split=null: name the file of data.evaluation_path=other, as in data.evaluation_split=test",
+        ),
+        (
+            [*DISTILLATION, "data.negative_columns=[no]"],
+            "data.negative_columns=['no'] has no effect on data=distillation, whose rows rank documents: "
+            "set it to null",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_loss_optimiser_or_set_is_named_with_its_rule(
+    overrides: list[str], message: str, make_config: MakeConfig
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(*overrides)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # Read where the temperature is learnt.
+        ["loss.contrastive.temperature=20", "loss.contrastive.temperature_bounds=[]"],
+        [LEARNT, "loss.contrastive.temperature=10"],
+        [LEARNT, "loss.contrastive.temperature=0.01"],
+        ["loss.matryoshka={widths: [128, 127], weights: [2, 1e-9]}"],
+        ["loss=distillation", "loss.terms.margin_mse=1", *DISTILLATION],
+        ["loss=distillation", *DISTILLATION, "data.documents_per_query=3"],
+        ["loss=margin_mse", *DISTILLATION, "data.documents_per_query=2"],
+        ["loss=contrastive", *DISTILLATION, "data.documents_per_query=1"],
+        [*DISTILLATION, "data.evaluation_path=other", "data.evaluation_split=test"],
+        ["optimizer=muon", "optimizer.muon_momentum=0"],
+        ["optimizer.groups=[{pattern: head.*, learning_rate: 0}]"],
+        ["data.documents_per_query=1"],
+    ],
+    ids=" ".join,
+)
+def test_a_value_at_the_edge_of_its_rule_is_taken(overrides: list[str], make_config: MakeConfig) -> None:
+    make_config(*overrides)
 
 
 def test_the_values_of_accepted_keys_arrive(make_config: MakeConfig) -> None:
@@ -109,7 +308,8 @@ def test_the_data_root_comes_from_the_environment(make_config: MakeConfig, monke
 
 
 def test_a_saved_config_is_read_back_equal(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("head=deep", "evaluation.metric=mrr@10", "backbone.skiplist=null")
+    groups = "optimizer.groups=[{pattern: 'backbone.*.[0-3].*', learning_rate: 0}, {pattern: '*', learning_rate: 1e-7}]"
+    config = make_config("head=deep", "evaluation.metric=mrr@10", "backbone.skiplist=null", groups)
     save_config(config, str(tmp_path / "config.yaml"))
     loaded = OmegaConf.load(tmp_path / "config.yaml")
     assert OmegaConf.is_dict(loaded)
@@ -123,6 +323,8 @@ def test_a_saved_config_is_read_back_equal(make_config: MakeConfig, tmp_path: Pa
         ["head=deep", "evaluation.metric=mrr@10", "backbone.skiplist=null", "backbone.expansion=min"],
         ["data=pairs", "data.path=a.jsonl", "data.negative_columns=[no, never]", "backbone.skiplist=['#', ': ', 'no']"],
         ["trainer.steps=null", "trainer.epochs=0.1", "optimizer.epsilon=1e-12", "optimizer.learning_rate=1e-30"],
+        ["loss=distillation_contrastive", *DISTILLATION, "loss.matryoshka={widths: [128, 8], weights: [1, 0.5]}"],
+        ["optimizer=muon", "optimizer.groups=[{pattern: 'backbone.*.[0-3].*', learning_rate: 1e-7}]"],
         ["tracker=wandb", "tracker.id='0123'", "name='a: b, {c}'", "sweep.launch='accelerate launch'"],
     ],
 )
@@ -184,12 +386,15 @@ def test_a_list_differs_as_a_whole(make_config: MakeConfig) -> None:
         ("head.layers[0].activations", "head.layers.0.activation"),
         ("learning_rate", "optimizer.learning_rate"),
         ("hed", "head"),
+        ("loss.temperature", "loss.contrastive.temperature"),
+        ("optimizer.groups[1].patern", "optimizer.groups.0.pattern"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
     assert unknown_key(key) == f"{key} is no key; the nearest is {nearest} (README.md lists all)"
 
 
-def test_known_keys_reach_into_lists_of_layers() -> None:
+def test_known_keys_reach_into_groups_and_lists() -> None:
     keys = set(known_keys())
     assert {"seed", "backbone.name", "head.layers", "head.layers.0.out_features", "trainer.maxsim"} <= keys
+    assert {"loss.terms.margin_mse", "optimizer.groups", "optimizer.groups.0.pattern"} <= keys

@@ -1,88 +1,109 @@
-"""Texts gathered from two and three real processes, against one process that has all of them, in float64."""
+"""Rows gathered from two and three real processes, and the whole loss there, against one process that has all."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from configs.schema import MatryoshkaConfig
 from losses.batch import EncodedBatch
-from losses.contrastive import ContrastiveLoss
-from losses.gather import gather_texts
+from losses.factory import Loss, build_loss
+from losses.gather import gather_rows, gather_texts
+from tests.losses.batches import SIZE, make_batch, make_loss_config
 
-# Texts and their tokens on each process: no two alike, one text alone, none at all; and all alike, nothing to pad.
+# Texts, their tokens and the columns of a table about them on each process: no two alike, one text alone, none at all;
+# and all alike, nothing to pad.
 SHAPES = {
-    "unequal": {2: [(3, 5), (1, 2)], 3: [(2, 4), (0, 0), (1, 7)]},
-    "equal": {2: [(2, 3)] * 2, 3: [(2, 3)] * 3},
+    "unequal": {2: [(3, 5, 1), (1, 2, 4)], 3: [(2, 4, 3), (0, 0, 0), (1, 7, 1)]},
+    "equal": {2: [(2, 3, 2)] * 2, 3: [(2, 3, 2)] * 3},
 }
-# Queries and their tokens, explicit negatives, document tokens on each process.
-BATCHES = {2: [(3, 4, 0, 5), (1, 4, 2, 7)], 3: [(2, 3, 3, 4), (1, 5, 0, 6), (3, 4, 1, 2)]}
-WIDTH = 5  # of the vectors
-TEMPERATURE = 0.2
+# Documents of each query, query tokens and document tokens on each process.
+BATCHES = {
+    2: [([3, 1, 2], 4, 5), ([2], 6, 7)],
+    3: [([1, 3], 3, 4), ([2], 5, 6), ([1, 1, 4], 4, 3)],
+}
+WIDTH = 5  # of the gathered vectors
 Results = list[dict[str, Tensor]]
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["two processes", "three processes"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each process of a group of three found and, of the first two, in a group of two."""
+    folder = tmp_path_factory.mktemp("groups")
+    spawn(check_groups, args=(folder,), nprocs=3)
+    return folder
+
+
+@pytest.fixture(params=[2, 3], ids=["two processes", "three processes"])
+def results(request: pytest.FixtureRequest, folder: Path) -> Results:
     """What each process of one group found."""
-    folder, processes = tmp_path_factory.mktemp("group"), request.param
-    spawn(check, args=(processes, folder), nprocs=processes)
-    return [torch.load(folder / f"{process}.pt") for process in range(processes)]
+    return [torch.load(folder / f"{process}_of_{request.param}.pt") for process in range(request.param)]
 
 
-def check(process: int, processes: int, folder: Path) -> None:
-    """What one process of the group does."""
+def check_groups(process: int, folder: Path) -> None:
+    """What one process does: starting it takes longer than all of its groups."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=process, world_size=processes)
-    found: dict[str, Tensor] = {}
+    for processes in (3, 2):
+        if process < processes:
+            group = f"file://{folder}/group_of_{processes}"
+            dist.init_process_group("gloo", init_method=group, rank=process, world_size=processes)
+            torch.save(check(process, processes), folder / f"{process}_of_{processes}.pt")
+            # Whoever ends first would take the connection from the others.
+            dist.barrier()
+            dist.destroy_process_group()
 
+
+def check(process: int, processes: int) -> dict[str, Tensor]:
+    """What one process of the group finds."""
+    found: dict[str, Tensor] = {}
     for shapes in SHAPES:
-        vectors, mask = make_texts(shapes, processes)[process]
-        gathered, gathered_mask, first = gather_texts(vectors, mask)
-        found |= {
-            f"{shapes} vectors": gathered,
-            f"{shapes} mask": gathered_mask,
-            f"{shapes} first": torch.tensor(first),
-        }
+        rows = make_rows(shapes, processes)[process]
+        gathered, first = gather_rows(*rows.values())
+        found |= {f"{shapes} {name}": tensor for name, tensor in zip(rows, gathered, strict=True)}
+        found[f"{shapes} first"] = torch.tensor(first)
+        *texts, first = gather_texts(rows["vectors"], rows["mask"])
+        found[f"{shapes} texts are the rows"] = torch.tensor(
+            first == found[f"{shapes} first"]
+            and torch.equal(texts[0], found[f"{shapes} vectors"])
+            and torch.equal(texts[1], found[f"{shapes} mask"])
+        )
         for name, loss in LOSSES.items():
-            for dtype in (torch.float64, torch.float32):
-                leaf = vectors.to(dtype, copy=True).requires_grad_()
-                loss_of_all = loss(gather_texts(leaf, mask)[0], process)
-                [found[f"{shapes} {name} {dtype}"]] = torch.autograd.grad(loss_of_all, leaf)
+            for side in ("vectors", "scores"):
+                for dtype in (torch.float64, torch.float32):
+                    leaf = rows[side].to(dtype, copy=True).requires_grad_()
+                    # The others do not have the gradient's type, nor its shape.
+                    (_, of_all, _), _ = gather_rows(rows["ids"], leaf, rows["mask"])
+                    [gradient] = torch.autograd.grad(loss(of_all, process), leaf)
+                    found[f"{shapes} {side} {name} {dtype}"] = gradient
 
     half = torch.zeros(1, 1, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    one = torch.ones(1, 1, dtype=torch.bool)
     # A gradient of 256 from the first process and of 1 from each other.
-    loss_of_all = gather_texts(half, one)[0].sum() * (256 if process == 0 else 1)
-    [found["bfloat16"]] = torch.autograd.grad(loss_of_all, half)
+    (of_all,), _ = gather_rows(half)
+    [found["bfloat16"]] = torch.autograd.grad(of_all.sum() * (256 if process == 0 else 1), half)
 
     batches = make_batches(processes)
-    batch = batches[process]
-    share = len(batch.queries) / sum(len(other.queries) for other in batches)
-    weighted_loss = ContrastiveLoss(temperature=TEMPERATURE, maxsim="reference")(batch) * share
-    found["queries"], found["documents"] = torch.autograd.grad(weighted_loss, [batch.queries, batch.documents])
-    found["loss"] = weighted_loss.detach()
-
-    torch.save(found, folder / f"{process}.pt")
-    # Whoever ends first would take the connection from the others.
-    dist.barrier()
-    dist.destroy_process_group()
+    share = len(batches[process].queries) / sum(len(batch.queries) for batch in batches)
+    return found | weigh(make_loss(), batches[process], share)
 
 
-def make_texts(shapes: str, processes: int) -> list[tuple[Tensor, Tensor]]:
-    """Vectors and masks of each process; some masks have holes."""
+def make_rows(shapes: str, processes: int) -> list[dict[str, Tensor]]:
+    """Tensors of several ranks, types and widths of each process; some masks have holes."""
     generator = torch.Generator().manual_seed(processes)
     return [
-        (
-            torch.randn(count, tokens, WIDTH, generator=generator, dtype=torch.float64),
-            torch.rand(count, tokens, generator=generator) > 0.3,
-        )
-        for count, tokens in SHAPES[shapes][processes]
+        {
+            # More than float32, or float64, could carry.
+            "ids": torch.randint(2**60, 2**62, (count,), generator=generator),
+            "vectors": torch.randn(count, tokens, WIDTH, generator=generator, dtype=torch.float64),
+            "mask": torch.rand(count, tokens, generator=generator) > 0.3,
+            "table": torch.randint(-1, 9, (count, columns), generator=generator),
+            "scores": torch.randn(count, columns, generator=generator, dtype=torch.float64),
+        }
+        for count, tokens, columns in SHAPES[shapes][processes]
     ]
 
 
@@ -101,86 +122,112 @@ def expanded(vectors: Tensor, process: int) -> Tensor:
 
 
 def transposed(vectors: Tensor, process: int) -> Tensor:
-    turned = vectors.permute(2, 1, 0)
+    turned = vectors.permute(*reversed(range(vectors.dim())))
     return turned.reshape(-1) @ weights(turned.shape, process).to(vectors.dtype).reshape(-1)
 
 
 LOSSES = {"weighted": weighted, "expanded": expanded, "transposed": transposed}
 
 
+def make_loss() -> Loss:
+    """All terms, two widths, and whatever meets the documents or the queries of other processes."""
+    config = replace(
+        make_loss_config(contrastive=0.5, distillation=2.0, margin_mse=0.25),
+        matryoshka=MatryoshkaConfig(widths=[SIZE, 3], weights=[1.0, 0.5]),
+    )
+    loss = build_loss(config, width=SIZE, maxsim="reference")
+    loss.learnt.double()
+    return loss
+
+
 def make_batches(processes: int) -> list[EncodedBatch]:
-    """What each process has of a micro-batch: unit-length float64 vectors, with holes in every mask."""
-    generator = torch.Generator().manual_seed(10 * processes)
-
-    def side(count: int, tokens: int) -> tuple[Tensor, Tensor]:
-        vectors = torch.randn(count, tokens, WIDTH, generator=generator, dtype=torch.float64)
-        mask = torch.rand(count, tokens, generator=generator) > 0.3
-        mask[:, 0] = True
-        return F.normalize(vectors, dim=-1).requires_grad_(), mask
-
+    """What each process has of a micro-batch: some documents stand on several, some answer queries of others."""
+    generator = torch.Generator().manual_seed(processes)
     batches = []
-    for queries, query_tokens, negatives, document_tokens in BATCHES[processes]:
-        query_vectors, query_mask = side(queries, query_tokens)
-        document_vectors, document_mask = side(queries + negatives, document_tokens)
-        batches.append(
-            EncodedBatch(
-                queries=query_vectors,
-                query_mask=query_mask,
-                documents=document_vectors,
-                document_mask=document_mask,
-                positive_index=torch.arange(queries),
-            )
-        )
+    for seed, (counts, query_tokens, document_tokens) in enumerate(BATCHES[processes]):
+        batch = make_batch(counts, seed=seed, query_tokens=query_tokens, document_tokens=document_tokens)
+        document_ids = torch.randint(1, 10, (sum(counts),), generator=generator)
+        others = torch.randint(0, 10, (len(counts), 1 + seed), generator=generator)
+        known_positives = torch.cat([others, document_ids[batch.candidates[:, :1]]], dim=1)
+        batches.append(replace(batch, document_ids=document_ids, known_positives=known_positives))
     return batches
 
 
-def joined(texts: list[Tensor]) -> Tensor:
-    """All texts of all processes, each filled up with zeros to the longest."""
-    longest = max(part.shape[1] for part in texts)
-    whole = texts[0].new_zeros(sum(map(len, texts)), longest, *texts[0].shape[2:])
+def weigh(loss: Loss, batch: EncodedBatch, share: float) -> dict[str, Tensor]:
+    """What a process adds to the mean over all queries: of the loss, of its gradients and of what is logged."""
+    total, logged = loss(batch)
+    [log_temperature] = loss.learnt.parameters()
+    leaves = {"queries": batch.queries, "documents": batch.documents, "log_temperature": log_temperature}
+    gradients = torch.autograd.grad(total * share, list(leaves.values()))
+    return {
+        "loss": total.detach() * share,
+        **{f"gradient {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)},
+        **{f"logged {name}": value * share for name, value in logged.items()},
+    }
+
+
+def join(parts: Sequence[Tensor], *, fill: int = 0) -> Tensor:
+    """The rows of all processes, each filled up to the widest."""
+    if parts[0].dim() == 1:
+        return torch.cat(list(parts))
+    widest = max(part.shape[1] for part in parts)
+    whole = parts[0].new_full((sum(map(len, parts)), widest, *parts[0].shape[2:]), fill)
     row = 0
-    for part in texts:
-        for text in part:
-            whole[row, : len(text)] = text
+    for part in parts:
+        for values in part:
+            whole[row, : len(values)] = values
             row += 1
     return whole
 
 
-def plain_loss(batches: list[EncodedBatch]) -> Tensor:
-    """Mean cross-entropy over all queries of one process that has every batch, one pair of texts at a time."""
-    documents = [
-        (vectors, mask) for batch in batches for vectors, mask in zip(batch.documents, batch.document_mask, strict=True)
-    ]
-    losses, first = [], 0
+def join_batches(batches: list[EncodedBatch]) -> EncodedBatch:
+    """What one process has that has all."""
+    candidates, first, teachers = [], 0, []
     for batch in batches:
-        for row, (query, query_mask) in enumerate(zip(batch.queries, batch.query_mask, strict=True)):
-            scores = [(query[query_mask] @ vectors[mask].T).amax(dim=1).sum() for vectors, mask in documents]
-            losses.append(-torch.log_softmax(torch.stack(scores) / TEMPERATURE, dim=0)[first + row])
+        assert batch.teacher_scores is not None
+        teachers.append(batch.teacher_scores)
+        candidates.append((batch.candidates + first).where(batch.candidates >= 0, -1))
         first += len(batch.documents)
-    return torch.stack(losses).mean()
+    return EncodedBatch(
+        queries=join([batch.queries.detach() for batch in batches]).requires_grad_(),
+        query_mask=join([batch.query_mask for batch in batches]),
+        documents=join([batch.documents.detach() for batch in batches]).requires_grad_(),
+        document_mask=join([batch.document_mask for batch in batches]),
+        candidates=join(candidates, fill=-1),
+        teacher_scores=join(teachers),
+        document_ids=join([batch.document_ids for batch in batches]),
+        known_positives=join([batch.known_positives for batch in batches]),
+    )
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
-def test_every_process_gets_the_vectors_and_masks_of_all_in_their_order(shapes: str, results: Results) -> None:
-    texts = make_texts(shapes, len(results))
-    vectors, mask = joined([part for part, _ in texts]), joined([part for _, part in texts])
+def test_every_process_gets_the_rows_of_all_in_their_order(shapes: str, results: Results) -> None:
+    rows = make_rows(shapes, len(results))
     for process, found in enumerate(results):
-        assert torch.equal(found[f"{shapes} vectors"], vectors)
-        assert torch.equal(found[f"{shapes} mask"], mask)
-        assert found[f"{shapes} first"].item() == sum(len(part) for part, _ in texts[:process])
+        for name in rows[0]:
+            gathered, expected = found[f"{shapes} {name}"], join([part[name] for part in rows])
+            assert gathered.dtype == expected.dtype
+            assert torch.equal(gathered, expected), name
+        assert found[f"{shapes} first"].item() == sum(len(part["ids"]) for part in rows[:process])
+        assert found[f"{shapes} texts are the rows"]
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("side", ["vectors", "scores"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_gradient_is_that_of_one_process_which_adds_up_all_losses(name: str, shapes: str, results: Results) -> None:
-    leaves = [vectors.requires_grad_() for vectors, _ in make_texts(shapes, len(results))]
-    whole = joined(leaves)
+def test_the_gradient_is_that_of_one_process_which_adds_up_all_losses(
+    name: str, side: str, shapes: str, results: Results
+) -> None:
+    leaves = [part[side].requires_grad_() for part in make_rows(shapes, len(results))]
+    whole = join(leaves)
     total = sum((LOSSES[name](whole, process) for process in range(len(results))), torch.zeros(()))
     expected = torch.autograd.grad(total, leaves, materialize_grads=True)
     for found, gradient in zip(results, expected, strict=True):
         # The processes' parts are added up in another order.
-        torch.testing.assert_close(found[f"{shapes} {name} {torch.float64}"], gradient, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(found[f"{shapes} {name} {torch.float32}"].double(), gradient, rtol=1e-6, atol=1e-5)
+        for dtype, rtol, atol in ((torch.float64, 1e-12, 1e-12), (torch.float32, 1e-6, 1e-5)):
+            ours = found[f"{shapes} {side} {name} {dtype}"]
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours.double(), gradient, rtol=rtol, atol=atol)
 
 
 def test_gradients_of_bfloat16_vectors_are_added_up_in_float32(results: Results) -> None:
@@ -191,15 +238,34 @@ def test_gradients_of_bfloat16_vectors_are_added_up_in_float32(results: Results)
         assert found["bfloat16"].flatten().tolist() == [expected] * WIDTH
 
 
-def test_the_contrastive_losses_by_their_shares_sum_to_the_loss_and_gradients_of_one_process(results: Results) -> None:
-    batches = make_batches(len(results))
-    expected = plain_loss(batches)
-    # Scores of up to 5 / 0.2 in float64.
-    assert math.fsum(found["loss"].item() for found in results) == pytest.approx(expected.item(), rel=1e-12)
-    for side in ("queries", "documents"):
-        gradients = torch.autograd.grad(expected, [getattr(batch, side) for batch in batches], retain_graph=True)
-        for found, gradient in zip(results, gradients, strict=True):
-            torch.testing.assert_close(found[side], gradient, rtol=1e-9, atol=1e-12)
+def test_by_their_shares_the_losses_of_the_processes_sum_to_that_of_one_process(results: Results) -> None:
+    expected = weigh(make_loss(), join_batches(make_batches(len(results))), 1.0)
+    logged = {name for name in expected if name.startswith("logged")}
+    assert {name for found in results for name in found if name.startswith("logged")} == logged
+    for name in ("loss", "gradient log_temperature", *logged):
+        # Facts are means of counts, in float32.
+        tolerance = 1e-10 if expected[name].dtype == torch.float64 else 1e-6
+        assert sum(found[name].item() for found in results) == pytest.approx(expected[name].item(), rel=tolerance), name
+    # The masks had something to do.
+    for name in ("same_document_masked", "known_positives_masked", "above_ratio_masked"):
+        assert expected[f"logged {name}"] > 0, name
+
+
+@pytest.mark.parametrize("side", ["queries", "documents"])
+def test_by_their_shares_the_gradients_are_those_of_one_process(side: str, results: Results) -> None:
+    expected = weigh(make_loss(), join_batches(make_batches(len(results))), 1.0)[f"gradient {side}"]
+    found = join([part[f"gradient {side}"] for part in results])
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_some_documents_are_masked_on_the_process_of_another_query_alone(results: Results) -> None:
+    alone = [make_loss()(batch)[1] for batch in make_batches(len(results))]
+    shares = [len(batch.queries) for batch in make_batches(len(results))]
+    for name in ("same_document_masked", "known_positives_masked"):
+        together = sum(found[f"logged {name}"].item() for found in results)
+        apart = sum(logged[name].item() * share for logged, share in zip(alone, shares, strict=True)) / sum(shares)
+        assert together > apart, name
 
 
 @pytest.fixture
@@ -210,10 +276,13 @@ def group_of_one(tmp_path: Path) -> Iterator[None]:
 
 
 def test_without_other_processes_the_same_tensors_come_back() -> None:
-    vectors, mask = make_texts("unequal", 2)[0]
-    gathered, gathered_mask, first = gather_texts(vectors, mask)
-    assert gathered is vectors
-    assert gathered_mask is mask
+    rows = make_rows("unequal", 2)[0]
+    gathered, first = gather_rows(*rows.values())
+    assert all(found is given for found, given in zip(gathered, rows.values(), strict=True))
+    assert first == 0
+    vectors, mask, first = gather_texts(rows["vectors"], rows["mask"])
+    assert vectors is rows["vectors"]
+    assert mask is rows["mask"]
     assert first == 0
 
 

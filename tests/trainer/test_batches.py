@@ -12,22 +12,41 @@ from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 
 from trainer.data.batches import Batch, StepBatches, TokenizedTexts, tokenize
+from trainer.data.files import identity
 
 TEXTS = ["the dog barks.", "what", "a cat meows, that swims", "fish", "is it the animal", "a", "which cat is a dog?"]
 
 
 def make_examples(count: int) -> Dataset:
-    """Examples whose texts tell their row; row r has r % 3 negatives."""
+    """Examples whose texts tell their row; row r has r % 3 documents beside its positive."""
     letters = "bcdefghijklmnopqrstuvwxyz"
+    return to_examples(
+        [
+            (
+                f"what is {letters[row]}",
+                [
+                    f"the {letters[row]} swims" + " a" * (row % 4),
+                    *(f"no {letters[row]} {letters[number]}" for number in range(row % 3)),
+                ],
+            )
+            for row in range(count)
+        ]
+    )
+
+
+def to_examples(rows: list[tuple[str, list[str]]], *, taught: bool = False) -> Dataset:
+    """A query and its documents each; a teacher gives document d of row r the score r - d / 4."""
     return Dataset.from_list(
         [
             {
-                "query": f"what is {letters[row]}",
-                "positive": f"the {letters[row]} swims" + " a" * (row % 4),
-                "negatives": [f"no {letters[row]} {letters[number]}" for number in range(row % 3)],
+                "query": query,
+                "query_id": identity(query),
+                "documents": documents,
+                "document_ids": [identity(document) for document in documents],
+                "scores": [row - place / 4 for place in range(len(documents))] if taught else [],
                 "place": f"made.jsonl:{row + 1}",
             }
-            for row in range(count)
+            for row, (query, documents) in enumerate(rows)
         ]
     )
 
@@ -35,19 +54,21 @@ def make_examples(count: int) -> Dataset:
 def make_batches(
     encoder: MultiVectorEncoder,
     *,
-    examples: int = 10,
+    examples: int | Dataset = 10,
     batch_size: int = 4,
     accumulation_steps: int = 1,
+    documents_per_query: int | None = None,
     seed: int = 1,
     process: int = 0,
     processes: int = 1,
 ) -> StepBatches:
     return StepBatches(
-        make_examples(examples),
+        make_examples(examples) if isinstance(examples, int) else examples,
         encoder,
         batch_size=batch_size,
         accumulation_steps=accumulation_steps,
         chunk_tokens=20,
+        documents_per_query=documents_per_query,
         seed=seed,
         process=process,
         processes=processes,
@@ -162,13 +183,11 @@ def test_shares_follow_the_queries_of_each_micro_batch_and_sum_to_one(
     assert sum(batch.share for batch in micro_batches) == pytest.approx(1.0, rel=1e-12)
 
 
-def test_documents_are_the_positives_in_the_order_of_the_queries_then_all_negatives(
-    encoder: MultiVectorEncoder,
-) -> None:
+def test_documents_are_those_of_one_query_after_the_other_the_positive_first(encoder: MultiVectorEncoder) -> None:
     batches = make_batches(encoder, batch_size=6)
     [batch] = batches[0]
     examples = batches.examples[batch.rows]
-    documents = examples["positive"] + [text for negatives in examples["negatives"] for text in negatives]
+    documents = [text for texts in examples["documents"] for text in texts]
     assert len(documents) > 6
     assert restored_tokens(batch.queries) == expected_tokens(encoder, examples["query"], "query")
     assert restored_tokens(batch.documents) == expected_tokens(encoder, documents, "document")
@@ -177,6 +196,180 @@ def test_documents_are_the_positives_in_the_order_of_the_queries_then_all_negati
 def test_a_micro_batch_has_the_negatives_of_its_own_queries_only(encoder: MultiVectorEncoder) -> None:
     for batch in make_batches(encoder, batch_size=6, accumulation_steps=2)[0]:
         assert len(batch.documents.restore) == len(batch.rows) + sum(row % 3 for row in batch.rows)
+
+
+def test_candidates_are_where_a_query_has_its_documents(encoder: MultiVectorEncoder) -> None:
+    [batch] = make_batches(encoder, batch_size=5)[0]
+    # With one, one, two, no and no document beside their positive.
+    assert batch.rows == [4, 1, 8, 6, 3]
+    assert batch.candidates.dtype == torch.int64
+    assert batch.candidates.tolist() == [[0, 1, -1], [2, 3, -1], [4, 5, 6], [7, -1, -1], [8, -1, -1]]
+
+
+def test_ids_teacher_scores_and_texts_of_a_document_stand_in_one_place(encoder: MultiVectorEncoder) -> None:
+    examples = to_examples([(row["query"], row["documents"]) for row in make_examples(10)], taught=True)
+    [batch] = make_batches(encoder, examples=examples, batch_size=5)[0]
+    assert batch.teacher_scores is not None
+    assert batch.teacher_scores.dtype == torch.float32
+    assert batch.teacher_scores.shape == batch.candidates.shape
+    assert batch.document_ids.dtype == torch.int64
+    tokens = restored_tokens(batch.documents)
+    for row, places, scores in zip(batch.rows, batch.candidates.tolist(), batch.teacher_scores.tolist(), strict=True):
+        texts = examples[row]["documents"]
+        count = len(texts)
+        assert [tokens[place] for place in places[:count]] == expected_tokens(encoder, texts, "document")
+        assert batch.document_ids[places[:count]].tolist() == [identity(text) for text in texts]
+        assert scores[:count] == [row - place / 4 for place in range(count)]
+        assert places[count:] == [-1] * (3 - count)
+        assert scores[count:] == [0.0] * (3 - count)
+    assert len({row % 3 for row in batch.rows}) == 3
+
+
+def test_without_a_teacher_there_are_no_scores(encoder: MultiVectorEncoder) -> None:
+    [batch] = make_batches(encoder)[0]
+    assert batch.teacher_scores is None
+
+
+# What answers "what is b" in three rows, of which two name the same document.
+SEVERAL = to_examples(
+    [
+        ("what is b", ["the b swims", "no b"]),
+        ("what is c", ["the c swims"]),
+        ("what is b", ["a b barks", "the b swims"]),
+        ("what is d", ["the b swims"]),
+        ("what is b", ["the b swims"]),
+        ("what is b", ["a b is that"]),
+    ]
+)
+
+
+def known_positives(batches: StepBatches, steps: int) -> dict[int, list[int]]:
+    """Ids of the known positives that are there, by the row of the example."""
+    known: dict[int, list[int]] = {}
+    for step in range(steps):
+        for batch in batches[step]:
+            assert batch.known_positives.dtype == torch.int64
+            known |= {
+                row: [identifier for identifier in ids if identifier]
+                for row, ids in zip(batch.rows, batch.known_positives.tolist(), strict=True)
+            }
+    return known
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_known_positives_are_those_of_all_training_examples_of_the_query(
+    batch_size: int, encoder: MultiVectorEncoder
+) -> None:
+    batches = make_batches(encoder, examples=SEVERAL, batch_size=batch_size)
+    of_b = sorted(identity(text) for text in ("the b swims", "a b barks", "a b is that"))
+    of_c, of_d = [identity("the c swims")], [identity("the b swims")]
+    known = known_positives(batches, batches.steps_per_epoch)
+    assert {row: sorted(ids) for row, ids in known.items()} == {0: of_b, 1: of_c, 2: of_b, 3: of_d, 4: of_b, 5: of_b}
+
+
+def test_positives_of_examples_that_are_held_out_are_not_known(encoder: MultiVectorEncoder) -> None:
+    batches = make_batches(encoder, examples=SEVERAL.select([0, 1, 2]), batch_size=3)
+    known = known_positives(batches, 1)
+    assert sorted(known[0]) == sorted(known[2]) == sorted(identity(text) for text in ("the b swims", "a b barks"))
+
+
+# Documents that are drawn
+
+
+def many_documents(rows: int, documents: int) -> Dataset:
+    """Each document with an id of its own, in a table without repeated texts."""
+    letters = "bcdefghijklmnopqrstuvwxyz"
+    texts = [[f"{letters[row]} is {letters[place]}" for place in range(documents)] for row in range(rows)]
+    return to_examples([(f"what is {letters[row]}", own) for row, own in enumerate(texts)], taught=True)
+
+
+def drawn(batch: Batch, examples: Dataset) -> dict[int, list[int]]:
+    """Which of its documents each row was given, by their places in the data."""
+    return {
+        row: [examples[row]["document_ids"].index(batch.document_ids[place]) for place in places if place >= 0]
+        for row, places in zip(batch.rows, batch.candidates.tolist(), strict=True)
+    }
+
+
+def drawn_in_epoch(batches: StepBatches, epoch: int) -> dict[int, list[int]]:
+    """The same of all rows of an epoch."""
+    first = epoch * batches.steps_per_epoch
+    draws: dict[int, list[int]] = {}
+    for step in range(first, first + batches.steps_per_epoch):
+        for batch in batches[step]:
+            draws |= drawn(batch, batches.examples)
+    return draws
+
+
+def test_the_positive_stays_and_of_the_others_as_many_as_fit_are_drawn_none_twice(encoder: MultiVectorEncoder) -> None:
+    batches = make_batches(encoder, examples=many_documents(5, 6), documents_per_query=4)
+    for epoch in range(5):
+        for places in drawn_in_epoch(batches, epoch).values():
+            assert places[0] == 0
+            # In the order of the data, which a teacher may have given.
+            assert places == sorted(set(places))
+            assert len(places) == 4
+
+
+def test_over_many_epochs_each_of_the_others_is_drawn_about_as_often(encoder: MultiVectorEncoder) -> None:
+    batches = make_batches(encoder, examples=many_documents(2, 6), batch_size=2, documents_per_query=3)
+    counts = {(row, place): 0 for row in range(2) for place in range(6)}
+    for epoch in range(100):
+        for row, places in drawn_in_epoch(batches, epoch).items():
+            for place in places:
+                counts[row, place] += 1
+    for (_, place), count in counts.items():
+        # Two of five others in each of 100 epochs: 40, whose standard deviation is 4.9.
+        assert count == 100 if place == 0 else 25 <= count <= 55
+
+
+def test_each_epoch_example_and_seed_has_a_draw_of_its_own(encoder: MultiVectorEncoder) -> None:
+    examples = many_documents(4, 20)
+    first, second = (make_batches(encoder, examples=examples, documents_per_query=8, seed=seed) for seed in (1, 2))
+    draws = [
+        tuple(places)
+        for batches in (first, second)
+        for epoch in range(3)
+        for places in drawn_in_epoch(batches, epoch).values()
+    ]
+    # Of 50,388 that are possible.
+    assert len(set(draws)) == len(draws) == 2 * 3 * 4
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_number_of_processes_changes_no_draw(processes: int, encoder: MultiVectorEncoder) -> None:
+    examples = many_documents(7, 9)
+    one = make_batches(encoder, examples=examples, documents_per_query=4)
+    several = [
+        make_batches(encoder, examples=examples, documents_per_query=4, process=process, processes=processes)
+        for process in range(processes)
+    ]
+    for epoch in range(2):
+        merged = {row: places for each in several for row, places in drawn_in_epoch(each, epoch).items()}
+        assert merged == drawn_in_epoch(one, epoch)
+
+
+def test_the_texts_scores_and_ids_of_drawn_documents_line_up(encoder: MultiVectorEncoder) -> None:
+    examples = many_documents(5, 6)
+    for batch in make_batches(encoder, examples=examples, documents_per_query=3, accumulation_steps=2)[0]:
+        draws = drawn(batch, examples)
+        texts = [examples[row]["documents"][place] for row, places in draws.items() for place in places]
+        assert restored_tokens(batch.documents) == expected_tokens(encoder, texts, "document")
+        assert batch.teacher_scores is not None
+        assert batch.teacher_scores.tolist() == [[row - place / 4 for place in draws[row]] for row in batch.rows]
+
+
+@pytest.mark.parametrize("documents_per_query", [3, 99, None])
+def test_an_example_with_no_more_documents_than_asked_for_keeps_all(
+    documents_per_query: int | None, encoder: MultiVectorEncoder
+) -> None:
+    batches = make_batches(encoder, documents_per_query=documents_per_query)
+    assert drawn_in_epoch(batches, 0) == {row: list(range(1 + row % 3)) for row in range(10)}
+
+
+def test_one_document_a_query_is_its_positive(encoder: MultiVectorEncoder) -> None:
+    batches = make_batches(encoder, documents_per_query=1)
+    assert drawn_in_epoch(batches, 0) == {row: [0] for row in range(10)}
 
 
 # Processes
@@ -262,7 +455,7 @@ def test_a_process_has_the_texts_of_its_own_rows_and_no_others(encoder: MultiVec
     assert [len(batch.rows) for batch in parts] == [4, 4, 5]
     for batch in parts:
         own = examples[batch.rows]
-        documents = own["positive"] + [text for negatives in own["negatives"] for text in negatives]
+        documents = [text for texts in own["documents"] for text in texts]
         assert restored_tokens(batch.queries) == expected_tokens(encoder, own["query"], "query")
         assert restored_tokens(batch.documents) == expected_tokens(encoder, documents, "document")
 

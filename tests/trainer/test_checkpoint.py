@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Dense
 from torch import Tensor, nn
 
-from configs.schema import Config, OptimizerConfig
+from configs.schema import Config, OptimizerConfig, OptimizerName
+from losses.temperature import LearntTemperature
 from trainer.checkpoint import (
     Progress,
     TrainState,
@@ -21,6 +24,7 @@ from trainer.checkpoint import (
     random_state,
     set_random_state,
 )
+from trainer.encoding import TrainedModel
 from trainer.optim import build_optimizer, build_schedule
 
 MakeConfig = Callable[..., Config]
@@ -33,6 +37,8 @@ PROGRESS = Progress(
     totals={"queries": 15, "tokens": 301, "padded_tokens": 420, "seconds": 0.1 + 0.2},
     before={"map": 1 / 3},
     after={"map": 2 / 3},
+    before_by_query=[0.0, 2 / 3],
+    after_by_query=[1 / 3, 1.0],
     best=2 / 3,
     best_step=2,
     seconds=7.25,
@@ -40,27 +46,46 @@ PROGRESS = Progress(
 
 
 @pytest.fixture
-def settings(make_config: MakeConfig) -> OptimizerConfig:
-    """Two steps of warm-up, then down: every step has a rate of its own."""
-    return make_config("optimizer.learning_rate=0.1", "optimizer.warmup_fraction=0.2").optimizer
+def settings(request: pytest.FixtureRequest, make_config: MakeConfig) -> OptimizerConfig:
+    """Two steps of warm-up, then down: every step has a rate of its own. Of AdamW, where a test names none."""
+    name = getattr(request, "param", "adamw")
+    return make_config(f"optimizer={name}", "optimizer.learning_rate=0.1", "optimizer.warmup_fraction=0.2").optimizer
+
+
+OF_BOTH = pytest.mark.parametrize("settings", ["adamw", "muon"], indirect=True)
 
 
 def make_state(
-    settings: OptimizerConfig, *, seed: int, steps: int = STEPS, scaler: torch.amp.GradScaler | None = None
+    settings: OptimizerConfig,
+    *,
+    seed: int,
+    steps: int = STEPS,
+    scaler: torch.amp.GradScaler | None = None,
+    tied: bool = False,
 ) -> TrainState:
-    """Two layers, with matrices that are decayed and biases that are not."""
+    """Two layers, with matrices that are decayed and biases that are not, and a temperature."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    optimizer = build_optimizer(model, settings)
-    return TrainState(model, optimizer, build_schedule(optimizer, settings, steps=steps), scaler)
+    first, second = Dense(3, 4), Dense(4, 3)
+    layers: list[nn.Module] = [first, second]
+    if tied:
+        second = Dense(3, 4)
+        second.linear.weight = first.linear.weight
+        layers = [nn.ModuleDict({"first": first, "second": second})]
+    encoder = MultiVectorEncoder(modules=layers, device="cpu")
+    learnt = nn.ModuleDict({"temperature": LearntTemperature(0.1 * seed, (0.01, 10.0))})
+    optimizer = build_optimizer(encoder, learnt, settings)
+    schedule = build_schedule(optimizer, settings, steps=steps)
+    return TrainState(TrainedModel(encoder, learnt), optimizer, schedule, scaler)
 
 
 def train(state: TrainState, *, first: int, steps: int) -> list[float]:
-    """Take steps whose inputs depend on their number alone; return the rates they had."""
+    """Take steps whose gradients depend on weights and number alone; return the rates they had."""
     rates = []
     for step in range(first, first + steps):
-        inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
-        loss = state.model(inputs).square().sum()
+        generator = torch.Generator().manual_seed(step)
+        loss = torch.zeros(())
+        for parameter in state.model.parameters():
+            loss = loss + (parameter * torch.randn(parameter.shape, generator=generator)).sin().sum()
         if state.scaler is not None:
             loss = state.scaler.scale(loss)
         loss.backward()
@@ -94,8 +119,8 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 def groups(state: TrainState) -> list[dict[str, Any]]:
     """The optimiser's settings; JSON makes a list of a tuple."""
-    groups: list[dict[str, Any]] = state.optimizer.state_dict()["param_groups"]
-    return [group | {"betas": list(group["betas"])} for group in groups]
+    groups: list[dict[str, Any]] = json.loads(json.dumps(state.optimizer.state_dict()["param_groups"]))
+    return groups
 
 
 def saved(settings: OptimizerConfig, folder: Path) -> TrainState:
@@ -110,6 +135,7 @@ def saved(settings: OptimizerConfig, folder: Path) -> TrainState:
 # Written and read
 
 
+@OF_BOTH
 def test_a_state_that_is_read_has_the_weights_moments_rate_and_progress_of_the_one_written(
     settings: OptimizerConfig, tmp_path: Path
 ) -> None:
@@ -118,13 +144,14 @@ def test_a_state_that_is_read_has_the_weights_moments_rate_and_progress_of_the_o
     assert not torch.equal(next(read.model.parameters()), next(written.model.parameters()))
     read.load(tmp_path / "state")
     assert_equal(tensors(read), tensors(written))
-    # Two moments and a count for each of two matrices and two biases.
-    assert len(tensors(read)) == 4 + 4 * 3
+    # Two moments and a count for each of two matrices, two biases and the temperature; Muon has one for a matrix.
+    assert len(tensors(read)) == 5 + (5 * 3 if settings.name is OptimizerName.adamw else 3 * 3 + 2)
     assert groups(read) == groups(written)
     assert read.schedule.get_last_lr() == written.schedule.get_last_lr()
     assert read.progress == PROGRESS
 
 
+@OF_BOTH
 def test_the_steps_after_reading_are_those_of_a_state_that_was_never_written(
     settings: OptimizerConfig, tmp_path: Path
 ) -> None:
@@ -154,20 +181,18 @@ def test_a_state_that_was_read_is_written_with_the_same_tensors_and_progress(
 
 
 def test_weights_that_two_layers_share_are_shared_after_reading(settings: OptimizerConfig, tmp_path: Path) -> None:
-    def tied(seed: int) -> TrainState:
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-        model[1].weight = model[0].weight
-        optimizer = build_optimizer(model, settings)
-        return TrainState(model, optimizer, build_schedule(optimizer, settings, steps=STEPS), None)
-
-    written, read = tied(1), tied(2)
+    written, read = (make_state(settings, seed=seed, tied=True) for seed in (1, 2))
     train(written, first=0, steps=2)
     written.save(tmp_path / "state", [])
     read.load(tmp_path / "state")
     assert_equal(tensors(read), tensors(written))
-    assert isinstance(read.model, nn.Sequential)
-    assert read.model[1].weight is read.model[0].weight
+    assert isinstance(read.model, TrainedModel)
+    layers = read.model.encoder[0]
+    assert isinstance(layers, nn.ModuleDict)
+    first, second = layers.values()
+    assert isinstance(first, Dense)
+    assert isinstance(second, Dense)
+    assert second.linear.weight is first.linear.weight
 
 
 def test_a_schedule_of_another_length_sets_its_own_rate_at_once(settings: OptimizerConfig, tmp_path: Path) -> None:
@@ -176,6 +201,7 @@ def test_a_schedule_of_another_length_sets_its_own_rate_at_once(settings: Optimi
     rates = train(straight, first=0, steps=2 * STEPS)
     read = make_state(settings, seed=2, steps=2 * STEPS)
     read.load(tmp_path / "state")
+    # Of the groups that are decayed and that are not.
     assert read.schedule.get_last_lr() == [rates[4]] * 2
     assert rates[4] not in short
     assert [group["lr"] for group in read.optimizer.param_groups] == [rates[4]] * 2

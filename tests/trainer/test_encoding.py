@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, ModernBertConfig, ModernBertModel
 
 from architectures.factory import build_encoder
 from configs.schema import Config
+from losses.temperature import LearntTemperature
 from trainer.data.batches import Batch, tokenize
-from trainer.encoding import encode_batch, encode_texts
+from trainer.encoding import TrainedModel, encode_batch, encode_texts
 
 CPU = torch.device("cpu")
 # float32 matrices of other shapes sum in another order.
@@ -84,22 +85,31 @@ def test_expansion_is_scored_and_punctuation_of_documents_is_not(encoder: MultiV
     assert document_mask.tolist() == [[True, True, True, False, True, False, True], [True] * 6 + [False]]
 
 
-def test_a_batch_has_its_positives_in_the_order_of_its_queries(encoder: MultiVectorEncoder) -> None:
+def make_batch(
+    encoder: MultiVectorEncoder, queries: list[str], documents: list[str], *, teacher_scores: Tensor | None
+) -> Batch:
+    """Three queries, of which the second has one document and each of the others two; numbers that tell apart."""
+    return Batch(
+        queries=tokenize(encoder, queries, task="query", chunk_tokens=16),
+        documents=tokenize(encoder, documents, task="document", chunk_tokens=16),
+        candidates=torch.tensor([[0, 1], [2, -1], [3, 4]]),
+        teacher_scores=teacher_scores,
+        document_ids=torch.tensor([11, 12, 2**62, 14, 15]),
+        known_positives=torch.tensor([[11, 0], [2**62, 99], [14, 0]]),
+        rows=[0, 1, 2],
+        share=1.0,
+    )
+
+
+def test_a_batch_is_encoded_in_the_order_of_its_texts(encoder: MultiVectorEncoder) -> None:
     encoder.eval()
     queries, documents = (
         ["a cat", "what barks", "fish"],
         ["the cat meows, a lot", "dog", "it swims", "no", "that is it"],
     )
-    batch = Batch(
-        queries=tokenize(encoder, queries, task="query", chunk_tokens=16),
-        documents=tokenize(encoder, documents, task="document", chunk_tokens=16),
-        rows=[0, 1, 2],
-        share=1.0,
-    )
-    encoded = encode_batch(encoder, batch, CPU)
+    encoded = encode_batch(encoder, make_batch(encoder, queries, documents, teacher_scores=None), CPU)
     expected_queries, expected_query_mask = whole_forward(encoder, queries, "query")
     expected_documents, expected_document_mask = whole_forward(encoder, documents, "document")
-    assert encoded.positive_index.tolist() == [0, 1, 2]
     assert torch.equal(encoded.query_mask, expected_query_mask)
     assert torch.equal(encoded.document_mask, expected_document_mask)
     torch.testing.assert_close(
@@ -108,6 +118,36 @@ def test_a_batch_has_its_positives_in_the_order_of_its_queries(encoder: MultiVec
     torch.testing.assert_close(
         encoded.documents[encoded.document_mask], expected_documents[expected_document_mask], atol=FLOAT32, rtol=FLOAT32
     )
+
+
+@pytest.mark.parametrize("teacher_scores", [None, torch.tensor([[9.0, -3.0], [1.0, 0.0], [2.5, 2.0]])])
+def test_whose_documents_they_are_and_what_a_teacher_says_is_passed_on(
+    teacher_scores: Tensor | None, encoder: MultiVectorEncoder
+) -> None:
+    batch = make_batch(encoder, ["a", "b", "c"], ["d", "e", "f", "g", "h"], teacher_scores=teacher_scores)
+    encoded = encode_batch(encoder, batch, CPU)
+    for name in ("candidates", "document_ids", "known_positives"):
+        passed_on, given = getattr(encoded, name), getattr(batch, name)
+        assert passed_on.dtype == torch.int64, name
+        assert torch.equal(passed_on, given), name
+    if teacher_scores is None:
+        assert encoded.teacher_scores is None
+    else:
+        assert encoded.teacher_scores is not None
+        assert torch.equal(encoded.teacher_scores, teacher_scores)
+
+
+def test_the_trained_model_encodes_as_its_encoder_and_has_what_the_loss_learns(encoder: MultiVectorEncoder) -> None:
+    encoder.eval()
+    learnt = nn.ModuleDict({"temperature": LearntTemperature(0.5, (0.1, 1.0))})
+    model = TrainedModel(encoder, learnt)
+    texts = tokenize(encoder, TEXTS, task="query", chunk_tokens=30)
+    for ours, theirs in zip(
+        encode_texts(model, texts, CPU, task="query"), encode_texts(encoder, texts, CPU, task="query"), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    assert parameters == {id(parameter) for parameter in (*encoder.parameters(), *learnt.parameters())}
 
 
 def test_encoding_leaves_the_batch_as_it_was(encoder: MultiVectorEncoder) -> None:

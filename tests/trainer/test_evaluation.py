@@ -1,18 +1,19 @@
-"""Rankings against brute force over the library's own calls; metrics against hand-computed values."""
+"""Rankings against brute force over the library's own calls and, for cut vectors, over float64."""
 
 import json
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import replace
-from math import log2
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from losses.maxsim import maxsim
@@ -24,6 +25,8 @@ from trainer.metrics import DEPTH, score_rankings
 
 # Of a score of at most 8, the sum of 8 products in float32.
 SCORE = 1e-5
+# The tiny encoder's own width; its narrowest cut here still has a third of a vector's length.
+FULL = 128
 
 
 def make_retrieval(documents: int) -> RetrievalSet:
@@ -39,6 +42,11 @@ def make_retrieval(documents: int) -> RetrievalSet:
     )
 
 
+def with_candidates(retrieval: RetrievalSet) -> RetrievalSet:
+    """Few documents, some of several queries and most of none; the last query has none at all."""
+    return replace(retrieval, candidates={"q0": ["d17", "d3", "d0"], "q1": ["d3", "d1", "d2", "d29"], "q2": []})
+
+
 def brute_force(encoder: MultiVectorEncoder, retrieval: RetrievalSet) -> dict[str, dict[str, float]]:
     """The score of every document for every query, one text at a time."""
     queries = {name: encoder.encode_query([text]) for name, text in retrieval.queries.items()}
@@ -49,6 +57,31 @@ def brute_force(encoder: MultiVectorEncoder, retrieval: RetrievalSet) -> dict[st
     }
 
 
+def brute_force_cut(encoder: MultiVectorEncoder, retrieval: RetrievalSet, width: int) -> dict[str, dict[str, float]]:
+    """The same of vectors cut to a width and brought to unit length, in float64, one token of the query at a time."""
+
+    def cut(vectors: Tensor) -> list[Tensor]:
+        return [token[:width].double() / token[:width].double().square().sum().sqrt() for token in vectors]
+
+    queries = {name: cut(encoder.encode_query([text])[0]) for name, text in retrieval.queries.items()}
+    documents = {name: cut(encoder.encode_document([text])[0]) for name, text in retrieval.corpus.items()}
+    return {
+        query: {
+            name: sum(float((torch.stack(others) @ token).max()) for token in vectors)
+            for name, others in documents.items()
+        }
+        for query, vectors in queries.items()
+    }
+
+
+def assert_best(ranking: dict[str, float], scores: dict[str, float], *, depth: int = DEPTH) -> None:
+    """The ranking is the best of the scores, best first."""
+    assert list(ranking.values()) == sorted(ranking.values(), reverse=True)
+    assert ranking == pytest.approx({name: scores[name] for name in ranking}, abs=SCORE)
+    # By score and not by name: two documents may differ by less than the tolerance at the cut.
+    assert list(ranking.values()) == pytest.approx(sorted(scores.values(), reverse=True)[:depth], abs=SCORE)
+
+
 @pytest.mark.parametrize("block_documents", [2048, 7, 1])
 @pytest.mark.parametrize("documents", [5, 130])
 def test_the_ranking_equals_brute_force_over_the_whole_corpus(
@@ -57,34 +90,112 @@ def test_the_ranking_equals_brute_force_over_the_whole_corpus(
     monkeypatch.setattr(evaluation, "BLOCK_DOCUMENTS", block_documents)
     retrieval = make_retrieval(documents)
     expected = brute_force(encoder, retrieval)
-    rankings = rank(encoder, retrieval, batch_size=4)
-    assert list(rankings) == ["q0", "q1", "q2"]
-    for query, ranking in rankings.items():
-        assert list(ranking.values()) == sorted(ranking.values(), reverse=True)
-        assert ranking == pytest.approx({name: expected[query][name] for name in ranking}, abs=SCORE)
-        # By score and not by name: two documents may differ by less than the tolerance at the cut.
-        best = sorted(expected[query].values(), reverse=True)[:DEPTH]
-        assert list(ranking.values()) == pytest.approx(best, abs=SCORE)
+    rankings = rank(encoder, retrieval, batch_size=4, widths=[])
+    assert list(rankings) == [FULL]
+    assert list(rankings[FULL]) == ["q0", "q1", "q2"]
+    for query, ranking in rankings[FULL].items():
+        assert_best(ranking, expected[query])
 
 
-def test_evaluate_scores_the_ranking(encoder: MultiVectorEncoder) -> None:
+def test_a_ranking_ends_at_its_depth(encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "DEPTH", 5)
+    monkeypatch.setattr(evaluation, "BLOCK_DOCUMENTS", 4)
+    retrieval = make_retrieval(30)
+    expected = brute_force(encoder, retrieval)
+    for query, ranking in rank(encoder, retrieval, batch_size=4, widths=[])[FULL].items():
+        assert len(ranking) == 5
+        assert_best(ranking, expected[query], depth=5)
+
+
+def test_each_width_ranks_by_vectors_that_are_cut_and_have_unit_length_again(
+    encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "BLOCK_DOCUMENTS", 11)
+    retrieval = make_retrieval(30)
+    rankings = rank(encoder, retrieval, batch_size=4, widths=[64, 16])
+    assert list(rankings) == [FULL, 64, 16]
+    for width in (FULL, 64, 16):
+        expected = brute_force_cut(encoder, retrieval, width)
+        for query, ranking in rankings[width].items():
+            assert_best(ranking, expected[query])
+    # The order changes with the width, so that no ranking passes for another.
+    assert len({tuple(ranking["q0"]) for ranking in rankings.values()}) == 3
+
+
+def test_several_widths_take_one_encoding(encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = encoder.encode_document
+
+    def count(texts: Sequence[str], **options: Any) -> list[Tensor]:
+        encoded.extend(texts)
+        return list(encode(list(texts), **options))
+
+    monkeypatch.setattr(encoder, "encode_document", count)
+    retrieval = make_retrieval(10)
+    rank(encoder, retrieval, batch_size=4, widths=[64, 16])
+    assert encoded == list(retrieval.corpus.values())
+
+
+def test_under_autocast_vectors_are_cut_in_float32(encoder: MultiVectorEncoder) -> None:
+    retrieval = make_retrieval(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        # One text at a time: bfloat16 rounds texts otherwise that are padded otherwise.
+        ranking = rank(encoder, retrieval, batch_size=1, widths=[16])[16]
+        expected = brute_force_cut(encoder, retrieval, 16)
+    for query in retrieval.queries:
+        assert_best(ranking[query], expected[query])
+
+
+@pytest.mark.parametrize("block_documents", [2048, 7, 1])
+def test_a_query_ranks_its_candidates_and_no_better_document(
+    block_documents: int, encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "BLOCK_DOCUMENTS", block_documents)
+    retrieval = with_candidates(make_retrieval(30))
+    assert retrieval.candidates is not None
+    rankings = rank(encoder, retrieval, batch_size=4, widths=[16])
+    for width in (FULL, 16):
+        expected = brute_force_cut(encoder, retrieval, width)
+        for query, candidates in retrieval.candidates.items():
+            assert sorted(rankings[width][query]) == sorted(candidates)
+            assert_best(rankings[width][query], {name: expected[query][name] for name in candidates})
+            # Each of them is beaten by a document that is no candidate.
+            assert max(expected[query].values()) > max(rankings[width][query].values(), default=0) + SCORE
+
+
+def test_all_documents_as_candidates_give_the_ranking_of_the_whole_corpus(encoder: MultiVectorEncoder) -> None:
     retrieval = make_retrieval(20)
-    expected = score_rankings(retrieval.judgements, brute_force(encoder, retrieval))
-    assert 0 < expected["map"] < 1
-    assert evaluate(encoder, retrieval, batch_size=3) == pytest.approx(expected, rel=1e-12)
+    every = replace(retrieval, candidates={query: list(retrieval.corpus) for query in retrieval.queries})
+    assert rank(encoder, every, batch_size=4, widths=[16]) == rank(encoder, retrieval, batch_size=4, widths=[16])
+
+
+def test_evaluate_gives_the_value_of_each_query_at_each_width(encoder: MultiVectorEncoder) -> None:
+    retrieval = make_retrieval(20)
+    values = evaluate(encoder, retrieval, batch_size=3, widths=[64, 16])
+    expected = {
+        metric + suffix: by_query
+        for width, suffix in ((FULL, ""), (64, "/64"), (16, "/16"))
+        for metric, by_query in score_rankings(retrieval.judgements, brute_force_cut(encoder, retrieval, width)).items()
+    }
+    assert list(values) == list(expected)
+    assert {"map", "ndcg@10/64", "recall@100/16"} < set(values)
+    for metric, by_query in expected.items():
+        assert values[metric] == pytest.approx(by_query, rel=1e-12)
+    assert len({tuple(values[f"map{suffix}"].values()) for suffix in ("", "/64", "/16")}) == 3
+    assert list(evaluate(encoder, retrieval, batch_size=3, widths=[])) == ["ndcg@10", "mrr@10", "map", "recall@100"]
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_mode_of_the_encoder_is_restored(training: bool, encoder: MultiVectorEncoder) -> None:
     encoder.train(training)
-    rank(encoder, make_retrieval(3), batch_size=2)
+    rank(encoder, make_retrieval(3), batch_size=2, widths=[])
     assert {module.training for module in encoder.modules()} == {training}
 
 
 def test_dropout_does_not_touch_a_ranking(encoder: MultiVectorEncoder) -> None:
     retrieval = make_retrieval(10)
     encoder.train()
-    assert rank(encoder, retrieval, batch_size=2) == rank(encoder, retrieval, batch_size=2)
+    assert rank(encoder, retrieval, batch_size=2, widths=[]) == rank(encoder, retrieval, batch_size=2, widths=[])
 
 
 # Processes
@@ -96,19 +207,23 @@ def test_each_of_several_processes_gets_the_rankings_of_one(
     encoder.save_pretrained(str(tmp_path / "model"))
     spawn(rank_as_process, args=(2, tmp_path), nprocs=2)
 
+    of_processes = [json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2)]
+    assert of_processes[0] == of_processes[1]
     lay_out_for_processes(monkeypatch)
     for number, retrieval in enumerate(retrievals_of_processes()):
-        expected = rank(encoder, retrieval, batch_size=4)
-        whole = brute_force(encoder, retrieval)
-        for process in range(2):
-            rankings = json.loads((tmp_path / f"{process}.json").read_text())[number]
+        expected = rank_all_ways(encoder, retrieval)
+        assert list(of_processes[0][number]) == list(expected) == [f"{FULL}", "16", f"bfloat16 {FULL}", "bfloat16 16"]
+        for way, rankings in of_processes[0][number].items():
             assert list(rankings) == list(retrieval.queries)
+            assert {query: list(ranking) for query, ranking in rankings.items()} == {
+                query: list(ranking) for query, ranking in expected[way].items()
+            }
             for query, ranking in rankings.items():
-                assert list(ranking) == list(expected[query])
-                scores = {name: score - 9 for name, score in whole[query].items()}
-                assert ranking == pytest.approx({name: scores[name] for name in ranking}, abs=SCORE)
-                best = sorted(scores.values(), reverse=True)[:3]
-                assert list(ranking.values()) == pytest.approx(best, abs=SCORE)
+                assert ranking == pytest.approx(expected[way][query], abs=SCORE)
+        whole = brute_force(encoder, retrieval)
+        for query, ranking in of_processes[0][number][f"{FULL}"].items():
+            ranked = whole[query] if retrieval.candidates is None else retrieval.candidates[query]
+            assert_best(ranking, {name: whole[query][name] - 9 for name in ranked}, depth=3)
 
 
 def lay_out_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +235,21 @@ def lay_out_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def retrievals_of_processes() -> list[RetrievalSet]:
-    """Sets of which every process has several documents, one of them a document less, or one of them none; and one
-    query, which leaves a process without."""
+    """Sets of which every process has several documents, one of them a document less, or one of them none; one query,
+    which leaves a process without; and candidates, of which each process has fewer than it has places to send."""
     sets = [make_retrieval(documents) for documents in (30, 5, 1)]
-    return [*sets, replace(sets[0], queries={"q0": sets[0].queries["q0"]})]
+    return [*sets, replace(sets[0], queries={"q0": sets[0].queries["q0"]}), with_candidates(sets[0])]
+
+
+def rank_all_ways(encoder: MultiVectorEncoder, retrieval: RetrievalSet) -> dict[str, dict[str, dict[str, float]]]:
+    """Rankings by width, in float32 and under autocast, where one text at a time is padded alike by any process."""
+    rankings = rank(encoder, retrieval, batch_size=4, widths=[16])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = rank(encoder, retrieval, batch_size=1, widths=[16])
+    return {
+        **{f"{width}": ranking for width, ranking in rankings.items()},
+        **{f"bfloat16 {width}": ranking for width, ranking in rounded.items()},
+    }
 
 
 def rank_as_process(process: int, processes: int, folder: Path) -> None:
@@ -136,63 +262,8 @@ def rank_as_process(process: int, processes: int, folder: Path) -> None:
     assert PartialState(cpu=True).num_processes == processes
     lay_out_for_processes(pytest.MonkeyPatch())
     encoder = MultiVectorEncoder(str(folder / "model"), device="cpu")
-    rankings = [rank(encoder, retrieval, batch_size=4) for retrieval in retrievals_of_processes()]
+    rankings = [rank_all_ways(encoder, retrieval) for retrieval in retrievals_of_processes()]
     (folder / f"{process}.json").write_text(json.dumps(rankings))
     # Whoever ends first would take the connection from the others.
     dist.barrier()
     dist.destroy_process_group()
-
-
-# Metrics
-
-
-def test_graded_judgements_give_the_metrics_computed_by_hand() -> None:
-    judgements = {"q": {"best": 3, "good": 1, "bad": 0, "unseen": 2}}
-    rankings = {"q": {"other": 0.9, "good": 0.8, "bad": 0.7, "best": 0.6}}
-    # Gain is the grade, its discount the logarithm of the rank + 1; a grade of 1 or more counts as relevant.
-    found, ideal = 1 / log2(3) + 3 / log2(5), 3 / log2(2) + 2 / log2(3) + 1 / log2(4)
-    assert score_rankings(judgements, rankings) == pytest.approx(
-        {"ndcg@10": found / ideal, "mrr@10": 1 / 2, "map": (1 / 2 + 2 / 4) / 3, "recall@100": 2 / 3}, rel=1e-6
-    )
-
-
-def test_ndcg_and_mrr_end_at_rank_10_and_recall_at_rank_100() -> None:
-    def ranking(relevant_rank: int) -> dict[str, float]:
-        names = ["relevant" if place == relevant_rank else f"d{place}" for place in range(1, 121)]
-        return {name: 1.0 - place / 1000 for place, name in enumerate(names)}
-
-    judgements = {"q": {"relevant": 1}}
-    assert score_rankings(judgements, {"q": ranking(10)}) == pytest.approx(
-        {"ndcg@10": 1 / log2(11), "mrr@10": 0.1, "map": 0.1, "recall@100": 1.0}, rel=1e-6
-    )
-    assert score_rankings(judgements, {"q": ranking(11)}) == pytest.approx(
-        {"ndcg@10": 0.0, "mrr@10": 0.0, "map": 1 / 11, "recall@100": 1.0}, rel=1e-6
-    )
-    assert score_rankings(judgements, {"q": ranking(101)})["recall@100"] == 0.0
-
-
-def test_a_judged_query_without_a_ranking_counts_as_zero() -> None:
-    judgements = {"q0": {"d0": 1}, "q1": {"d0": 1}}
-    assert score_rankings(judgements, {"q0": {"d0": 1.0}}) == {
-        "ndcg@10": 0.5,
-        "mrr@10": 0.5,
-        "map": 0.5,
-        "recall@100": 0.5,
-    }
-
-
-# Retrieval sets
-
-
-def test_repeated_queries_and_texts_are_merged_and_every_document_is_in_the_corpus() -> None:
-    examples = Dataset.from_list(
-        [
-            {"query": "what is a cat", "positive": "an animal", "negatives": ["a fish", "a dog"], "place": "f:1"},
-            {"query": "what swims", "positive": "a fish", "negatives": [], "place": "f:2"},
-            {"query": "what is a cat", "positive": "it meows", "negatives": ["a dog"], "place": "f:3"},
-        ]
-    )
-    retrieval = RetrievalSet.from_examples(examples)
-    assert retrieval.queries == {"q0": "what is a cat", "q1": "what swims"}
-    assert retrieval.corpus == {"d0": "an animal", "d1": "a fish", "d2": "a dog", "d3": "it meows"}
-    assert retrieval.judgements == {"q0": {"d0": 1, "d3": 1}, "q1": {"d1": 1}}

@@ -5,11 +5,12 @@ import json
 import math
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
@@ -26,16 +27,20 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from architectures.factory import build_encoder
 from configs.schema import Config
-from losses.batch import EncodedBatch
-from losses.factory import Loss, build_loss
+from losses.factory import Loss, Term, build_loss
 from losses.maxsim import kernels
+from losses.scores import Scores
 from scripts.kill_and_resume import CLOCK
 from tests.losses import emulation
 from trainer import loop, stop
 from trainer.data import Data
 from trainer.data.batches import StepBatches
+from trainer.data.files import identity
 from trainer.data.retrieval import RetrievalSet
-from trainer.loop import Stopped, TrainingError, count_steps, train
+from trainer.encoding import encode_batch
+from trainer.loop import Stopped, TrainingError, build_batches, count_steps, train
+from trainer.metrics import change_interval
+from trainer.optim import freeze
 from trainer.run_folder import RunFolder
 from trainer.tracker import Tracker
 
@@ -58,14 +63,21 @@ OVERRIDES = [
     "trainer.batch_size=4",
     "trainer.chunk_tokens=24",
     "trainer.max_gradient_norm=null",
-    "loss.temperature=0.5",
+    "loss.contrastive.temperature=0.5",
     "optimizer.learning_rate=0.01",
     "optimizer.weight_decay=0.1",
     "optimizer.warmup_fraction=0.4",
 ]
-ITERATION = {"train/loss", "train/learning_rate", "train/gradient_norm", "train/seconds"}
+ITERATION = {
+    *("train/loss", "train/contrastive", "train/same_document_masked", "train/known_positives_masked"),
+    *("train/learning_rate", "train/gradient_norm", "train/seconds"),
+}
 RATES = {"queries_per_second", "document_tokens_per_second", "padding_fraction"}
 METRICS = {"ndcg@10", "mrr@10", "map", "recall@100"}
+MATRYOSHKA = "loss.matryoshka={widths: [128, 32], weights: [1, 0.5]}"
+DISTILLATION = ("data=distillation", "loss=distillation_contrastive")
+DRAWN = ("data.documents_per_query=2", "loss.distillation.normalization=none")
+LEARNT = ("loss.contrastive.learn_temperature=true", "optimizer.groups=[{pattern: loss.*, learning_rate: 0.05}]")
 
 
 @pytest.fixture(autouse=True)
@@ -86,11 +98,22 @@ class Run:
     said: str
 
 
-def make_data(*, evaluated: bool = False) -> Data:
+def make_data(*, evaluated: bool = False, taught: bool = False) -> Data:
+    """taught: each query has three documents, and a teacher that gives document d of row r the score r - d / 2."""
+    rows = [(query, [positive, *negatives]) for query, positive, negatives in EXAMPLES]
+    if taught:
+        rows = [(query, [*documents, "fish", "what is that"][:3]) for query, documents in rows]
     examples = Dataset.from_list(
         [
-            {"query": query, "positive": positive, "negatives": negatives, "place": f"made.jsonl:{row + 1}"}
-            for row, (query, positive, negatives) in enumerate(EXAMPLES)
+            {
+                "query": query,
+                "query_id": identity(query),
+                "documents": documents,
+                "document_ids": [identity(document) for document in documents],
+                "scores": [row - place / 2 for place in range(len(documents))] if taught else [],
+                "place": f"made.jsonl:{row + 1}",
+            }
+            for row, (query, documents) in enumerate(rows)
         ]
     )
     return Data(examples, RetrievalSet.from_examples(examples) if evaluated else None)
@@ -108,20 +131,29 @@ def run(
     """Train on the CPU and collect all that the run leaves."""
     folder = RunFolder(config, resume=resume)
     folder.open()
-    parameters = list(encoder.parameters())
+    parameters, data, loss = list(encoder.parameters()), data or make_data(), loss or loss_of(config)
+    freeze(encoder, loss.learnt, config.optimizer)
     said = io.StringIO()
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
     with collect_gradients(parameters) as gradients, unlocked_at_the_end(folder):
         result = train(
-            Accelerator(cpu=True, mixed_precision=mixed_precision),
+            accelerator,
             encoder,
-            loss=loss or build_loss(config.loss, maxsim="reference"),
-            data=data or make_data(),
+            loss=loss,
+            batches=build_batches(config, data.train, encoder, accelerator),
+            evaluation=data.evaluation,
             config=config,
             folder=folder,
             tracker=Tracker(config, main=True, say=print),
             console=Console(file=said, soft_wrap=True),
         )
     return Run(result, read_metrics(folder), gradients, folder, said.getvalue())
+
+
+def loss_of(config: Config, term: Term | None = None, *, maxsim: str = "reference") -> Loss:
+    """The loss of the config, or the same with another term in place of the contrastive one."""
+    loss = build_loss(config.loss, width=128, maxsim=maxsim)
+    return loss if term is None else replace(loss, terms=loss.terms | {"contrastive": term})
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
@@ -160,15 +192,11 @@ def without_dropout(encoder: MultiVectorEncoder) -> MultiVectorEncoder:
 
 def rows_of(encoder: MultiVectorEncoder, config: Config, step: int) -> list[int]:
     """Rows of a step, from 1."""
-    batches = StepBatches(
-        make_data().train,
-        encoder,
-        batch_size=config.trainer.batch_size,
-        accumulation_steps=1,
-        chunk_tokens=1,
-        seed=config.seed,
-    )
-    return batches.rows(step - 1)
+    return make_batches(encoder, config, make_data()).rows(step - 1)
+
+
+def make_batches(encoder: MultiVectorEncoder, config: Config, data: Data) -> StepBatches:
+    return build_batches(config, data.train, encoder, Accelerator(cpu=True))
 
 
 def plain_loss(encoder: MultiVectorEncoder, rows: list[int], temperature: float) -> Tensor:
@@ -279,7 +307,7 @@ def test_an_accumulated_step_has_the_gradient_of_the_weighted_mean_of_its_micro_
     data = make_data()
     five = replace(data, train=data.train.select(range(5)))
     encoder = without_dropout(encoder).double().train()
-    order = StepBatches(five.train, encoder, batch_size=6, accumulation_steps=2, chunk_tokens=1, seed=7).rows(0)
+    order = make_batches(encoder, config, five).rows(0)
     first, second = plain_loss(encoder, order[:2], 0.5), plain_loss(encoder, order[2:], 0.5)
     expected_loss = first * 2 / 5 + second * 3 / 5
     expected = gradients_of(encoder, expected_loss)
@@ -316,17 +344,188 @@ def test_the_same_seed_gives_the_same_losses_with_dropout(make_config: MakeConfi
     assert losses[0] == losses[1]
 
 
-def test_dropout_is_on_also_after_an_evaluation(
-    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_is_on_also_after_an_evaluation(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
     modes = []
 
-    def loss(batch: EncodedBatch) -> Tensor:
+    def term(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
         modes.append({module.training for module in encoder.modules()})
-        return batch.queries.sum()
+        return scores.batch.queries.sum(), {}
 
-    run(encoder, make_config(*OVERRIDES, "evaluation.every_steps=1"), data=make_data(evaluated=True), loss=loss)
+    config = make_config(*OVERRIDES, "evaluation.every_steps=1")
+    run(encoder, config, data=make_data(evaluated=True), loss=loss_of(config, term))
     assert modes == [{True}] * 5
+
+
+def test_batches_are_cut_and_drawn_as_the_config_says(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    config = make_config(*OVERRIDES, "data.documents_per_query=2", "trainer.accumulation_steps=2")
+    batches = make_batches(encoder, config, make_data())
+    given = (batches.batch_size, batches.accumulation_steps, batches.documents_per_query, batches.seed)
+    assert given == (4, 2, 2, 7)
+    assert (batches.process, batches.processes) == (0, 1)
+    assert batches.chunk_tokens == 24
+    assert make_batches(encoder, make_config("trainer.cache_tokens=16"), make_data()).chunk_tokens == 16
+
+
+# What the loss is made of
+
+
+def test_each_term_is_logged_by_itself_at_each_width_as_the_mean_over_the_queries(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    config = make_config(
+        *(*OVERRIDES, *DISTILLATION, "loss.terms.margin_mse=0.25", MATRYOSHKA),
+        *("trainer.steps=1", "trainer.batch_size=6", "trainer.accumulation_steps=2"),
+    )
+    data = make_data(taught=True)
+    # Two micro-batches: of two queries, and of three.
+    five = replace(data, train=data.train.select(range(5)))
+    encoder = without_dropout(encoder).train()
+    expected: dict[str, float] = {}
+    for batch in make_batches(encoder, config, five)[0]:
+        with torch.no_grad():
+            _, logged = loss_of(config)(encode_batch(encoder, batch, torch.device("cpu")))
+        for name, value in logged.items():
+            expected[name] = expected.get(name, 0.0) + value.item() * len(batch.rows) / 5
+    terms = {"contrastive": 0.1, "distillation": 1.0, "margin_mse": 0.25}
+    facts = {"same_document_masked", "known_positives_masked"}
+    assert set(expected) == {f"{name}@{width}" for name in terms for width in (128, 32)} | facts
+
+    ours = run(encoder, config, data=five)
+
+    line = ours.metrics[1]
+    assert {name: line[f"train/{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert line["train/loss"] == pytest.approx(
+        sum(
+            width_weight * weight * expected[f"{name}@{width}"]
+            for width, width_weight in ((128, 1.0), (32, 0.5))
+            for name, weight in terms.items()
+        ),
+        rel=1e-5,
+    )
+    shown = ", ".join(f"{name} {line[f'train/{name}@128']:.4f}" for name in terms)
+    assert f"step 1/1  loss {line['train/loss']:.4f} ({shown})  lr " in ours.said
+
+
+def test_what_is_left_out_of_the_negatives_is_logged_in_documents_a_query(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    answers = [("what is a cat", "it meows"), ("what is a cat", "an animal"), ("what is it", "it meows"), ("a", "fish")]
+    examples = Dataset.from_list(
+        [
+            {
+                **{"query": query, "query_id": identity(query), "scores": [], "place": "made.jsonl:1"},
+                **{"documents": [text], "document_ids": [identity(text)]},
+            }
+            for query, text in answers
+        ]
+    )
+    config = make_config(*OVERRIDES, "trainer.steps=1", "loss.contrastive.max_negative_ratio=1e-6")
+    line = run(encoder, config, data=Data(examples, None)).metrics[1]
+    # "it meows" stands again for the first and the third query, "an animal" and twice "it meows" are known of the two
+    # about a cat, and the other seven of twelve negatives score more than next to nothing.
+    assert line["train/same_document_masked"] == pytest.approx(2 / 4)
+    assert line["train/known_positives_masked"] == pytest.approx(3 / 4)
+    assert line["train/above_ratio_masked"] == pytest.approx(7 / 4)
+    assert line["train/loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_learnt_temperature_starts_as_configured_and_moves_at_its_own_rate(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    ours = run(encoder, make_config(*OVERRIDES, *LEARNT))
+    lines = ours.metrics[1:]
+    # The first step is of the warm-up, from 0.
+    rates = [0.0, 0.025, 0.05, 0.05 * 2 / 3, 0.05 / 3]
+    assert [line["train/learning_rate/loss.*"] for line in lines] == pytest.approx(rates, rel=1e-9)
+    for line in lines:
+        assert line["train/learning_rate"] == line["train/learning_rate/adamw"]
+        assert line["train/learning_rate/loss.*"] == pytest.approx(5 * line["train/learning_rate"], rel=1e-9)
+    temperatures = [line["train/temperature"] for line in lines]
+    assert temperatures[:2] == pytest.approx([0.5, 0.5], rel=1e-6)
+    for rate, before, after in zip(rates[1:], temperatures[1:], temperatures[2:], strict=False):
+        # In its logarithm, by steps of Adam, which are not much larger than the rate.
+        assert 0 < abs(math.log(after / before)) < 1.5 * rate
+    assert abs(math.log(temperatures[-1] / 0.5)) > 0.02
+
+
+def test_rates_are_logged_by_group_where_there_are_several(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    groups = "optimizer.groups=[{pattern: head.*, learning_rate: 0.04}]"
+    config = make_config(*OVERRIDES, "optimizer=muon", "optimizer.muon_learning_rate=0.02", groups)
+    names = {"adamw": 0.01, "muon": 0.02, "head.*": 0.04}
+    for line, share in zip(run(encoder, config).metrics[1:], (0, 0.5, 1, 2 / 3, 1 / 3), strict=True):
+        logged = {name: line[f"train/learning_rate/{name}"] for name in names}
+        assert logged == pytest.approx({name: share * rate for name, rate in names.items()}, rel=1e-9)
+        assert line["train/learning_rate"] == logged["adamw"]
+
+
+def test_every_width_is_scored_and_the_models_own_is_watched(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    ours = run(encoder, make_config(*OVERRIDES, MATRYOSHKA, "trainer.steps=1"), data=make_data(evaluated=True))
+    names = METRICS | {f"{name}/32" for name in METRICS}
+    for line, when in zip(ours.metrics, ("before", "after"), strict=True):
+        assert {key for key in line if key.startswith("eval/")} == {f"eval/{name}" for name in names}
+        assert ours.result[when] == {name: line[f"eval/{name}"] for name in names}
+    assert ours.result["best"]["ndcg@10"] == ours.result["after"]["ndcg@10"]
+    assert ours.result["before"]["ndcg@10/32"] != ours.result["before"]["ndcg@10"]
+
+
+# What takes less memory, or another step
+
+
+@pytest.mark.parametrize("override", ["trainer.cache_tokens=24", "trainer.gradient_checkpointing=true"])
+def test_less_memory_takes_a_second_pass_and_leaves_the_same_weights(
+    override: str, encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    # With dropout, which both passes must draw alike. float64, as Adam divides small gradients by themselves.
+    encoder = encoder.double()
+    overrides = [*OVERRIDES, *LEARNT, "trainer.accumulation_steps=2", "trainer.steps=4"]
+    runs, weights, passes = [], [], []
+    for name, extra in (("plain", []), ("other", [override])):
+        trained = deepcopy(encoder)
+        calls: list[bool] = []
+        [query] = [module for name, module in trained.named_modules() if name.endswith("layer.0.attention.self.query")]
+        handle = query.register_forward_pre_hook(lambda module, _, calls=calls: calls.append(module.training))
+        runs.append(run(trained, make_config(*overrides, *extra, *beside(make_config, name))))
+        handle.remove()
+        weights.append(dict(trained.named_parameters()))
+        passes.append(sum(calls))
+    assert passes[1] == 2 * passes[0]
+    for name, parameter in weights[1].items():
+        torch.testing.assert_close(parameter, weights[0][name], atol=1e-7, rtol=1e-6)
+        assert not torch.equal(parameter, dict(encoder.named_parameters())[name])
+    for line, plain in zip(runs[1].metrics[1:], runs[0].metrics[1:], strict=True):
+        for key in ("train/loss", "train/temperature", "train/gradient_norm"):
+            assert line[key] == pytest.approx(plain[key], rel=1e-6), key
+
+
+def test_muon_and_a_rate_of_the_heads_own_leave_other_weights(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    weights = []
+    for name, extra in {
+        "adamw": [],
+        "muon": ["optimizer=muon"],
+        "fast": ["optimizer.groups=[{pattern: head.*, learning_rate: 0.1}]"],
+        "frozen": ["optimizer.groups=[{pattern: head.*, learning_rate: 0}]"],
+    }.items():
+        trained = deepcopy(encoder)
+        run(trained, make_config(*OVERRIDES, *extra, *beside(make_config, name)))
+        weights.append(dict(trained.named_parameters()))
+    before = dict(encoder.named_parameters())
+    [head] = [name for name in before if name.endswith("linear.weight")]
+    [query] = [name for name in before if name.endswith("layer.0.attention.self.query.weight")]
+    plain, _, fast, frozen = ({name: change(own, before, name) for name in (head, query)} for own in weights)
+    assert fast[head] > 5 * plain[head]
+    assert frozen[head] == 0
+    assert frozen[query] > 0.5 * plain[query] > 0
+    assert not torch.allclose(weights[1][query], weights[0][query], atol=1e-3)
+
+
+def change(after: dict[str, nn.Parameter], before: dict[str, nn.Parameter], name: str) -> float:
+    return float((after[name] - before[name]).detach().norm())
 
 
 # Clipping
@@ -386,7 +585,7 @@ def test_without_an_evaluation_set_step_0_is_bare_and_there_is_no_best_model(
 ) -> None:
     ours = run(encoder, make_config(*OVERRIDES))
     assert ours.metrics[0] == {"step": 0}
-    assert (ours.result["before"], ours.result["after"], ours.result["best"]) == (None, None, None)
+    assert [ours.result[key] for key in ("before", "after", "best", "change")] == [None] * 4
     assert not (ours.folder.path / "best").exists()
 
 
@@ -402,6 +601,7 @@ def test_the_result_says_what_the_run_did(encoder: MultiVectorEncoder, make_conf
         "processes",
         "before",
         "after",
+        "change",
         "peak_memory_bytes",
     }
     seconds = sum(line["train/seconds"] for line in steps)
@@ -453,13 +653,19 @@ def test_the_saved_model_is_the_trained_encoder(encoder: MultiVectorEncoder, mak
 class Script:
     """Stands for `evaluate`: gives the next score, and keeps how the encoder saw a text at that time."""
 
-    def __init__(self, *scores: float) -> None:
+    def __init__(self, *scores: float | list[float]) -> None:
+        """scores: of one query, or of several in a list."""
         self.scores = iter(scores)
         self.vectors: list[Tensor] = []
 
-    def __call__(self, encoder: MultiVectorEncoder, retrieval: RetrievalSet, *, batch_size: int) -> dict[str, float]:
+    def __call__(
+        self, encoder: MultiVectorEncoder, retrieval: RetrievalSet, *, batch_size: int, widths: Sequence[int]
+    ) -> dict[str, dict[str, float]]:
         self.vectors.append(encoder.encode_document(["a cat, a dog."])[0])
-        return {"ndcg@10": 0.5, "mrr@10": next(self.scores), "map": 0.5, "recall@100": 0.5}
+        score = next(self.scores)
+        values = {f"q{index}": value for index, value in enumerate(score if isinstance(score, list) else [score])}
+        others = dict.fromkeys(values, 0.5)
+        return {"ndcg@10": others, "mrr@10": values, "map": others, "recall@100": others}
 
 
 def run_script(
@@ -506,6 +712,18 @@ def test_without_evaluations_in_between_no_second_model_is_written(
     assert best is None
 
 
+def test_the_change_of_the_metric_has_an_interval_over_the_queries(
+    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = [0.1, 0.9, 0.5, 0.2], [0.4, 0.8, 0.9, 0.2]
+    monkeypatch.setattr(loop, "evaluate", Script(before, [0.0] * 4, after))
+    config = make_config(*OVERRIDES, "evaluation.metric=mrr@10", "evaluation.every_steps=4")
+    result = run(encoder, config, data=make_data(evaluated=True)).result
+    low, high = change_interval(before, after)
+    assert low < 0.15 < high
+    assert result["change"] == {"metric": "mrr@10", "change": pytest.approx(0.15), "low": low, "high": high}
+
+
 # What stops a run
 
 
@@ -516,14 +734,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
     config = make_config(*OVERRIDES, "trainer.accumulation_steps=2")
     calls = []
 
-    def loss(batch: EncodedBatch) -> Tensor:
-        calls.append(len(batch.queries))
+    def term(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
+        calls.append(len(scores.batch.queries))
         # Two micro-batches a step: the fourth is the last of step 2.
-        return batch.queries.sum() * 0 + (value if len(calls) == 4 else 1.0)
+        return scores.batch.queries.sum() * 0 + (value if len(calls) == 4 else 1.0), {}
 
     rows = rows_of(encoder, config, 2)
     with pytest.raises(TrainingError) as caught:
-        run(encoder, config, loss=loss)
+        run(encoder, config, loss=loss_of(config, term))
     folder = RunFolder(config)
     assert str(caught.value) == (
         f"step 2: the loss is {value}; the batch is made.jsonl:{rows[0] + 1} and 2 more examples, "
@@ -538,13 +756,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(
     encoder: MultiVectorEncoder, make_config: MakeConfig
 ) -> None:
-    def loss(batch: EncodedBatch) -> Tensor:
+    def term(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
         # Finite, with the gradient of a root at 0.
-        return (batch.queries * 0).sum().sqrt()
+        return (scores.batch.queries * 0).sum().sqrt(), {}
 
     config = make_config(*OVERRIDES)
     with pytest.raises(TrainingError, match=r"^step 1: the gradient"):
-        run(encoder, config, loss=loss)
+        run(encoder, config, loss=loss_of(config, term))
     assert all(parameter.isfinite().all() for parameter in encoder.parameters())
     assert not (RunFolder(config).path / "model").exists()
 
@@ -597,29 +815,36 @@ def beside(make_config: MakeConfig, name: str) -> list[str]:
 
 def dying(config: Config, *, step: int) -> Loss:
     """The loss of the config, until it is asked for that of a step, counted from 1 in this process."""
-    loss, calls = build_loss(config.loss, maxsim="reference"), []
+    asked_before = (step - 1) * config.trainer.accumulation_steps * max(1, len(config.loss.matryoshka.widths))
 
-    def until(batch: EncodedBatch) -> Tensor:
-        calls.append(batch)
-        if len(calls) > (step - 1) * config.trainer.accumulation_steps:
+    def die(call: int) -> None:
+        if call > asked_before:
             raise Killed
-        return loss(batch)
 
-    return until
+    return after_calling(die, config)
 
 
 def signalling(config: Config, number: signal.Signals, *, step: int, times: int = 1) -> Loss:
     """The loss of the config, which sends this process a signal in the middle of a step."""
-    loss, calls = build_loss(config.loss, maxsim="reference"), []
 
-    def with_signal(batch: EncodedBatch) -> Tensor:
-        calls.append(batch)
-        if len(calls) == step:
+    def send(call: int) -> None:
+        if call == step:
             for _ in range(times):
                 signal.raise_signal(number)
-        return loss(batch)
 
-    return with_signal
+    return after_calling(send, config)
+
+
+def after_calling(first: Callable[[int], None], config: Config) -> Loss:
+    """The loss of the config, which calls something else first, with the number of the call, from 1."""
+    loss, calls = loss_of(config), count(1)
+    name, term = next(iter(loss.terms.items()))
+
+    def both(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
+        first(next(calls))
+        return term(scores)
+
+    return replace(loss, terms=loss.terms | {name: both})
 
 
 def kill(encoder: MultiVectorEncoder, config: Config, *, step: int, **options: Any) -> None:
@@ -661,7 +886,7 @@ def assert_equal(ours: Run, straight: Run) -> None:
     """Bit for bit, but for the clock and the name of the folder."""
     assert without_clock(ours.metrics) == without_clock(straight.metrics)
     assert weights_of(ours) == weights_of(straight)
-    for key in ("steps", "queries", "processes", "before", "after", "padding_fraction"):
+    for key in ("steps", "queries", "processes", "before", "after", "change", "padding_fraction"):
         assert ours.result[key] == straight.result[key], key
     for one in (ours, straight):
         if one.result["best"] is not None:
@@ -706,6 +931,27 @@ def test_a_run_that_was_killed_and_goes_on_equals_one_that_was_not(
     assert len(ours.gradients) == (2 if killed_in > 3 else 5)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer=muon", "optimizer.groups=[{pattern: head.*, learning_rate: 0.1}]"],
+        [*LEARNT, "trainer.cache_tokens=24", "trainer.accumulation_steps=2"],
+        ["trainer.gradient_checkpointing=true"],
+        [*DISTILLATION, *DRAWN, MATRYOSHKA, "evaluation.every_steps=2"],
+    ],
+    ids=["muon and a group", "learnt temperature and cache", "checkpointing", "drawn documents and widths"],
+)
+def test_what_a_run_is_made_of_goes_on_with_it(
+    overrides: list[str], encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    overrides = [*OVERRIDES, "trainer.save_every_steps=3", *overrides]
+    data = make_data(taught=MATRYOSHKA in overrides, evaluated=MATRYOSHKA in overrides)
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")), data=data)
+    config = make_config(*overrides)
+    kill(encoder, config, step=4, data=data)
+    assert_equal(go_on(encoder, config, data=data), straight)
+
+
 def test_a_run_that_is_killed_again_and_again_equals_one_that_was_not(
     encoder: MultiVectorEncoder, make_config: MakeConfig
 ) -> None:
@@ -737,13 +983,15 @@ def test_a_run_goes_on_with_the_metrics_before_training_that_it_had(
     encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(*OVERRIDES, "trainer.save_every_steps=3", "evaluation.metric=mrr@10")
-    monkeypatch.setattr(loop, "evaluate", Script(0.9))
+    monkeypatch.setattr(loop, "evaluate", Script([1.0, 0.8]))
     kill(encoder, config, step=4, data=make_data(evaluated=True))
-    script = Script(0.4)
+    script = Script([0.5, 0.3])
     monkeypatch.setattr(loop, "evaluate", script)
     ours = go_on(encoder, config, data=make_data(evaluated=True))
     assert len(script.vectors) == 1, "the model was scored after the last step only"
     assert (ours.result["before"]["mrr@10"], ours.result["after"]["mrr@10"]) == (0.9, 0.4)
+    # Each query has lost as much.
+    assert [ours.result["change"][key] for key in ("change", "low", "high")] == pytest.approx([-0.5] * 3)
     assert "before  ndcg@10 0.5000  mrr@10 0.9000" in ours.said
 
 
@@ -866,6 +1114,23 @@ def test_processes_that_see_other_checkpoints_do_not_go_on(
         f"the processes read checkpoints of steps [3, 0]: do all see one folder {config.output_dir}?"
     )
     assert (RunFolder(config).path / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_that_was_scored_on_other_queries_does_not_go_on(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    config, data = make_config(*OVERRIDES, "trainer.save_every_steps=3"), make_data(evaluated=True)
+    assert data.evaluation is not None
+    kill(encoder, config, step=4, data=data)
+    queries = data.evaluation.queries | {"q0": "what is a fish"}
+    for other in (replace(data.evaluation, queries=queries), None):
+        with pytest.raises(TrainingError) as caught:
+            go_on(encoder, config, data=replace(data, evaluation=other))
+        assert str(caught.value) == (
+            f"{config.output_dir} was scored on other queries before it stopped: give it the data that it had, or "
+            f"start again with rerun={config.output_dir} output_dir=..."
+        )
+    assert go_on(encoder, config, data=data).result["steps"] == 5
 
 
 # Checkpoints that are not whole
@@ -1023,8 +1288,7 @@ def test_training_by_the_kernels_follows_the_reference(
         config = make_config(*OVERRIDES, "trainer.precision=bf16", *beside(make_config, backend))
         torch.manual_seed(3)
         encoder = without_dropout(build_encoder(config.backbone, config.head))
-        loss = build_loss(config.loss, maxsim=backend)
-        runs[backend] = run(encoder, config, loss=loss, mixed_precision="bf16")
+        runs[backend] = run(encoder, config, loss=loss_of(config, maxsim=backend), mixed_precision="bf16")
     module = kernels_of_the_host(torch.device("cpu"), encoder.get_embedding_dimension(), torch.bfloat16).module
     assert isinstance(module, emulation.EmulatedModule)
     launched = ["index_queries", "index_documents", "compact_documents", "forward_sm90" if sm90 else "forward"]

@@ -5,19 +5,21 @@ import json
 from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from configs.schema import ConfigError, DataConfig, DataFormat
-from trainer.data import Data, load_data
+from trainer.data import Data, files, load_data, pairs
+from trainer.data.files import identity
 
 EXAMPLES = [
     {"query": "what is a cat", "positive": "an animal that meows"},
     {"query": "what barks, and why", "positive": 'a "dog"'},
 ]
-EXPECTED = [{**example, "negatives": []} for example in EXAMPLES]
+EXPECTED = [(example["query"], [example["positive"]]) for example in EXAMPLES]
 
 
 def make_config(folder: Path, name: str, **changes: Any) -> DataConfig:
@@ -32,6 +34,7 @@ def make_config(folder: Path, name: str, **changes: Any) -> DataConfig:
         query_column="query",
         positive_column="positive",
         negative_columns=None,
+        documents_per_query=None,
     )
     return replace(config, **changes)
 
@@ -40,14 +43,14 @@ def json_lines(*examples: dict[str, Any]) -> bytes:
     return "".join(json.dumps(example) + "\n" for example in examples).encode()
 
 
-def load(folder: Path, name: str, content: bytes, **changes: Any) -> list[dict[str, Any]]:
-    """Write the file, read it as the training set, and return its examples without their places."""
+def load(folder: Path, name: str, content: bytes, **changes: Any) -> list[tuple[str, list[str]]]:
+    """Write the file, read it as the training set, and return the query and the documents of each example."""
     (folder / name).write_bytes(content)
     return texts(load_data(make_config(folder, name, **changes)).train)
 
 
-def texts(examples: Dataset) -> list[dict[str, Any]]:
-    return [{key: row[key] for key in ("query", "positive", "negatives")} for row in examples]
+def texts(examples: Dataset) -> list[tuple[str, list[str]]]:
+    return [(row["query"], row["documents"]) for row in examples]
 
 
 def error_of(folder: Path, name: str, content: bytes | None = None, **changes: Any) -> str:
@@ -116,21 +119,21 @@ def test_the_place_is_the_line_where_examples_are_lines(
 def test_words_that_mean_nothing_elsewhere_are_texts_in_a_csv(tmp_path: Path) -> None:
     content = b"query,positive\nNA,null\nnan,None\n"
     assert load(tmp_path, "a.csv", content) == [
-        {"query": "NA", "positive": "null", "negatives": []},
-        {"query": "nan", "positive": "None", "negatives": []},
+        ("NA", ["null"]),
+        ("nan", ["None"]),
     ]
 
 
 def test_digits_and_dates_are_texts_in_a_csv(tmp_path: Path) -> None:
     assert load(tmp_path, "a.csv", b"query,positive\n1984,2020-01-01\n007,2020-01-02\n") == [
-        {"query": "1984", "positive": "2020-01-01", "negatives": []},
-        {"query": "007", "positive": "2020-01-02", "negatives": []},
+        ("1984", ["2020-01-01"]),
+        ("007", ["2020-01-02"]),
     ]
 
 
 def test_a_column_of_dates_is_a_column_of_texts(tmp_path: Path) -> None:
     content = json_lines({"query": "q", "positive": "2020-01-01"}, {"query": "r", "positive": "2020-01-02"})
-    assert [example["positive"] for example in load(tmp_path, "a.jsonl", content)] == ["2020-01-01", "2020-01-02"]
+    assert load(tmp_path, "a.jsonl", content) == [("q", ["2020-01-01"]), ("r", ["2020-01-02"])]
 
 
 # Two of these are more than the 10 MiB of which `datasets` infers the type of a column.
@@ -139,13 +142,44 @@ LONG = {"query": "q", "positive": "word " * 1_200_000}
 
 def test_negatives_may_begin_far_into_a_large_file(tmp_path: Path) -> None:
     content = json_lines(*[{**LONG, "negatives": None}] * 2, {**EXAMPLES[0], "negatives": ["n"]})
-    assert [example["negatives"] for example in load(tmp_path, "a.jsonl", content)] == [[], [], ["n"]]
+    assert [documents[1:] for _, documents in load(tmp_path, "a.jsonl", content)] == [[], [], ["n"]]
 
 
 def test_negatives_may_begin_far_into_a_csv(tmp_path: Path) -> None:
     # pandas infers the type of a column from 10,000 rows at a time.
     content = b"query,positive,negative\n" + b"q,p,\n" * 10_000 + b"r,s,n\n"
-    assert [example["negatives"] for example in load(tmp_path, "a.csv", content)] == [[]] * 10_000 + [["n"]]
+    assert [documents[1:] for _, documents in load(tmp_path, "a.csv", content)] == [[]] * 10_000 + [["n"]]
+
+
+# The table
+
+
+def test_an_example_has_the_ids_of_its_texts_and_no_scores(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines({"query": "q", "positive": "p", "negatives": ["n", "q"]}))
+    [example] = load_data(make_config(tmp_path, "a.jsonl")).train
+    assert example == {
+        "query": "q",
+        "query_id": identity("q"),
+        "documents": ["p", "n", "q"],
+        "document_ids": [identity("p"), identity("n"), identity("q")],
+        "scores": [],
+        "place": f"{tmp_path}/a.jsonl:1",
+    }
+
+
+def test_an_identity_is_the_first_63_bits_of_the_md5_and_never_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert identity("a cat") == int(md5(b"a cat").hexdigest()[:16], 16) // 2
+    assert identity("é") == int(md5("é".encode()).hexdigest()[:16], 16) // 2
+    monkeypatch.setattr(files, "md5", lambda *_, **__: SimpleNamespace(digest=lambda: bytes(16)))
+    assert identity("a cat") == 1
+
+
+def test_a_table_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(tmp_path, "a.jsonl", GOOD) == [("q", ["p"])]
+    with monkeypatch.context() as patched:
+        patched.setattr(pairs, "checked_rows", lambda path: pytest.fail(f"{path} is read again"))
+        assert texts(load_data(make_config(tmp_path, "a.jsonl")).train) == [("q", ["p"])]
+    assert load(tmp_path, "a.jsonl", GOOD + json_lines({"query": "r", "positive": "s"})) == [("q", ["p"]), ("r", ["s"])]
 
 
 # Where the file lies
@@ -157,9 +191,7 @@ def test_a_folder_gives_the_file_of_the_split(tmp_path: Path) -> None:
     (tmp_path / "set" / "dev.csv").write_bytes(b"query,positive\nq,p\n")
     (tmp_path / "set" / "train.md").write_bytes(b"about it")
     assert texts(load_data(make_config(tmp_path, "set")).train) == EXPECTED[:1]
-    assert texts(load_data(make_config(tmp_path, "set", split="dev")).train) == [
-        {"query": "q", "positive": "p", "negatives": []}
-    ]
+    assert texts(load_data(make_config(tmp_path, "set", split="dev")).train) == [("q", ["p"])]
 
 
 def test_a_path_is_sought_under_the_root_first_then_in_the_working_folder(
@@ -171,8 +203,8 @@ def test_a_path_is_sought_under_the_root_first_then_in_the_working_folder(
     (tmp_path / "work" / "one.jsonl").write_bytes(json_lines({"query": "one", "positive": "p"}))
     monkeypatch.chdir(tmp_path / "work")
     root = tmp_path / "root"
-    assert texts(load_data(make_config(root, "both.jsonl")).train)[0]["query"] == "root"
-    assert texts(load_data(make_config(root, "one.jsonl")).train)[0]["query"] == "one"
+    assert load_data(make_config(root, "both.jsonl")).train["query"] == ["root"]
+    assert load_data(make_config(root, "one.jsonl")).train["query"] == ["one"]
 
 
 def test_an_evaluation_file_is_evaluated_on_and_holds_nothing_out(tmp_path: Path) -> None:
@@ -193,14 +225,12 @@ def test_an_evaluation_file_is_evaluated_on_and_holds_nothing_out(tmp_path: Path
 def test_columns_have_the_names_that_the_config_gives(tmp_path: Path) -> None:
     content = json_lines({"question": "q", "answer": "p", "wrong": "n", "negative": "not asked for", "id": 7})
     changes = {"query_column": "question", "positive_column": "answer", "negative_columns": ["wrong"]}
-    assert load(tmp_path, "a.jsonl", content, **changes) == [{"query": "q", "positive": "p", "negatives": ["n"]}]
+    assert load(tmp_path, "a.jsonl", content, **changes) == [("q", ["p", "n"])]
 
 
 def test_query_and_positive_may_change_places(tmp_path: Path) -> None:
     changes = {"query_column": "positive", "positive_column": "query"}
-    assert load(tmp_path, "a.jsonl", json_lines({"query": "a", "positive": "b"}), **changes) == [
-        {"query": "b", "positive": "a", "negatives": []}
-    ]
+    assert load(tmp_path, "a.jsonl", json_lines({"query": "a", "positive": "b"}), **changes) == [("b", ["a"])]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +252,7 @@ def test_negatives_are_a_text_a_list_or_null_in_every_column_named_for_them(
     # A second example gives the columns of nulls and of empty lists a type.
     full = {name: ["x"] if isinstance(cell, list) else "x" for name, cell in columns.items()}
     content = json_lines(first, {"query": "r", "positive": "s"} | full)
-    assert load(tmp_path, "a.jsonl", content)[0]["negatives"] == negatives
+    assert load(tmp_path, "a.jsonl", content)[0] == ("q", ["p", *negatives])
 
 
 def test_a_negative_column_that_is_null_throughout_gives_none(tmp_path: Path) -> None:
@@ -232,12 +262,12 @@ def test_a_negative_column_that_is_null_throughout_gives_none(tmp_path: Path) ->
 
 def test_texts_and_lists_may_mix_in_a_negative_column(tmp_path: Path) -> None:
     content = json_lines({**EXAMPLES[0], "negatives": ["n", "m"]}, {**EXAMPLES[1], "negatives": "o"})
-    assert [example["negatives"] for example in load(tmp_path, "a.jsonl", content)] == [["n", "m"], ["o"]]
+    assert [documents[1:] for _, documents in load(tmp_path, "a.jsonl", content)] == [["n", "m"], ["o"]]
 
 
 def test_an_empty_cell_of_a_csv_is_no_negative(tmp_path: Path) -> None:
     content = b"query,positive,negative_1,negative_2\nq,p,,n\nr,s,m,\n"
-    assert [example["negatives"] for example in load(tmp_path, "a.csv", content)] == [["n"], ["m"]]
+    assert [documents[1:] for _, documents in load(tmp_path, "a.csv", content)] == [["n"], ["m"]]
 
 
 # Holding out
@@ -271,7 +301,7 @@ def test_every_example_is_trained_on_or_held_out(tmp_path: Path) -> None:
     assert data.evaluation is not None
     queries = set(data.evaluation.queries.values())
     rest = [row for row in examples if row["query"] not in queries]
-    assert texts(data.train) == [{**row, "negatives": []} for row in rest]
+    assert texts(data.train) == [(row["query"], [row["positive"]]) for row in rest]
 
 
 def test_a_folder_to_evaluate_on_needs_a_split_of_its_own(tmp_path: Path) -> None:
@@ -291,28 +321,25 @@ def test_evaluation_has_a_split_of_its_own(tmp_path: Path) -> None:
 
 def test_several_negative_columns_that_are_named_give_each_example_once(tmp_path: Path) -> None:
     content = json_lines({"query": "q", "positive": "p", "na": "n", "nb": ["m", "o"], "negative": "not asked for"})
-    assert load(tmp_path, "a.jsonl", content, negative_columns=["na", "nb"]) == [
-        {"query": "q", "positive": "p", "negatives": ["n", "m", "o"]}
-    ]
+    assert load(tmp_path, "a.jsonl", content, negative_columns=["na", "nb"]) == [("q", ["p", "n", "m", "o"])]
 
 
 def test_quotes_are_letters_in_a_tsv(tmp_path: Path) -> None:
     content = b'query\tpositive\n"unbalanced\tp\nr\tends with a quote"\n'
     assert load(tmp_path, "a.tsv", content) == [
-        {"query": '"unbalanced', "positive": "p", "negatives": []},
-        {"query": "r", "positive": 'ends with a quote"', "negatives": []},
+        ('"unbalanced', ["p"]),
+        ("r", ['ends with a quote"']),
     ]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_the_mark_that_excel_puts_first_is_no_text(name: str, tmp_path: Path) -> None:
     content = b"query,positive\nq,p\n" if name == "a.csv" else GOOD
-    assert load(tmp_path, name, b"\xef\xbb\xbf" + content) == [{"query": "q", "positive": "p", "negatives": []}]
+    assert load(tmp_path, name, b"\xef\xbb\xbf" + content) == [("q", ["p"])]
 
 
 def test_a_text_may_be_longer_than_the_csv_module_allows_at_first(tmp_path: Path) -> None:
-    [example] = load(tmp_path, "a.csv", b"query,positive\nq," + b"p" * 200_000 + b"\n")
-    assert len(example["positive"]) == 200_000
+    assert load(tmp_path, "a.csv", b"query,positive\nq," + b"p" * 200_000 + b"\n") == [("q", ["p" * 200_000])]
 
 
 def test_a_share_of_zero_trains_on_all_and_evaluates_on_nothing(tmp_path: Path) -> None:

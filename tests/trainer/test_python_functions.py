@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from configs.schema import DataConfig, DataFormat
 from trainer.data import Data, load_data, python_functions
+from trainer.data.files import identity
 
 # More than 60 characters without a docstring.
 BODY = "    first = value + 1\n    second = first * 2\n    return (first, second, value)\n"
@@ -47,6 +48,7 @@ def make_config(evaluation_fraction: float = 0.0) -> DataConfig:
         query_column="query",
         positive_column="positive",
         negative_columns=None,
+        documents_per_query=None,
     )
 
 
@@ -91,9 +93,9 @@ def test_a_query_has_5_to_40_words(count: int, taken: bool, library: Path) -> No
 def test_a_query_that_comes_again_is_taken_once_in_the_order_of_the_paths(library: Path) -> None:
     first = function(words(5), name="one") + function(words(5), name="two")
     examples = read(library, b=function(words(5), name="three") + function(words(6)), a=first)
-    assert [(example["query"], example["positive"]) for example in examples] == [
-        (words(5), SOURCE.format(name="one")),
-        (words(6), SOURCE.format(name="change")),
+    assert [(example["query"], example["documents"]) for example in examples] == [
+        (words(5), [SOURCE.format(name="one")]),
+        (words(6), [SOURCE.format(name="change")]),
     ]
 
 
@@ -105,8 +107,10 @@ def test_the_document_is_the_source_without_docstring_and_comments(library: Path
     [example] = read(library, a="import os\n\n" + source)
     assert example == {
         "query": words(5),
-        "positive": SOURCE.format(name="change"),
-        "negatives": [],
+        "query_id": identity(words(5)),
+        "documents": [SOURCE.format(name="change")],
+        "document_ids": [identity(SOURCE.format(name="change"))],
+        "scores": [],
         "place": f"{library}/a.py:3",
     }
 
@@ -116,11 +120,11 @@ def test_methods_coroutines_and_inner_functions_are_examples_too(library: Path) 
     inner = "\n".join("    " + line for line in function(words(8), name="inner").splitlines())
     method = "class Thing:\n" + "\n".join("    " + line for line in function(words(7), name="act").splitlines()) + "\n"
     outer = function(words(5), name="outer", body=inner + "\n    return inner\n")
-    examples = {example["query"]: example["positive"] for example in read(library, a=outer + coroutine + method)}
+    examples = {example["query"]: example["documents"] for example in read(library, a=outer + coroutine + method)}
     assert set(examples) == {words(5), words(6), words(7), words(8)}
-    assert examples[words(6)] == "async " + SOURCE.format(name="later")
-    assert examples[words(7)] == SOURCE.format(name="act")
-    assert examples[words(8)] == SOURCE.format(name="inner")
+    assert examples[words(6)] == ["async " + SOURCE.format(name="later")]
+    assert examples[words(7)] == [SOURCE.format(name="act")]
+    assert examples[words(8)] == [SOURCE.format(name="inner")]
 
 
 @pytest.mark.parametrize(("padding", "taken"), [(0, False), (1, True)])

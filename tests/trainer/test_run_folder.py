@@ -14,12 +14,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Dense
 from torch import nn
 
 from configs.schema import Config, ConfigError, parse_config, save_config
 from tests.conftest import ROOT
 from trainer import run_folder
 from trainer.checkpoint import Progress, TrainState
+from trainer.encoding import TrainedModel
 from trainer.optim import build_optimizer, build_schedule
 from trainer.run_folder import RunFolder
 
@@ -460,12 +462,12 @@ def test_a_result_that_cannot_be_written_keeps_the_checkpoints(
 
 def make_state(config: Config, step: int) -> TrainState:
     """A small model after some steps."""
-    model = nn.Linear(3, 2)
-    optimizer = build_optimizer(model, config.optimizer)
+    encoder, learnt = MultiVectorEncoder(modules=[Dense(3, 2)], device="cpu"), nn.ModuleDict()
+    optimizer = build_optimizer(encoder, learnt, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, steps=20)
     optimizer.step()
     schedule.step()
-    return TrainState(model, optimizer, schedule, None, Progress(step))
+    return TrainState(TrainedModel(encoder, learnt), optimizer, schedule, None, Progress(step))
 
 
 def checkpoint_names(folder: RunFolder) -> list[str]:

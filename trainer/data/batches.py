@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
@@ -32,7 +34,15 @@ class Batch:
 
     queries: TokenizedTexts
     documents: TokenizedTexts
-    """The positive of each query first, in the queries' order, then all explicit negatives."""
+    """Each query's own, one query after the other, the positive first."""
+    candidates: Tensor
+    """(Q, K) int64: where each query's own documents stand; -1 where it has fewer than K."""
+    teacher_scores: Tensor | None
+    """(Q, K) float32 in the same places; None where the data has no teacher."""
+    document_ids: Tensor
+    """(N,) int64"""
+    known_positives: Tensor
+    """(Q, P) int64: ids of all positives that the training examples give the query; 0 where there are fewer."""
     rows: list[int]
     """Which training examples these are."""
     share: float
@@ -55,6 +65,7 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
         batch_size: int,
         accumulation_steps: int,
         chunk_tokens: int,
+        documents_per_query: int | None,
         seed: int,
         process: int = 0,
         processes: int = 1,
@@ -64,16 +75,19 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
         self.batch_size = batch_size
         self.accumulation_steps = accumulation_steps
         self.chunk_tokens = chunk_tokens
+        self.documents_per_query = documents_per_query
         self.seed = seed
         self.process = process
         self.processes = processes
         self.steps_per_epoch = count_steps_per_epoch(len(examples), batch_size)
+        self._positives = _positives_by_query(examples)
 
     def __getitem__(self, step: int) -> list[Batch]:
         rows = self.rows(step)
         micro_batches = [part for part in cut(rows, self.accumulation_steps) if part]
         own = [cut(micro_batch, self.processes)[self.process] for micro_batch in micro_batches]
-        return [self._batch(part, share=len(part) / len(rows)) for part in own]
+        epoch = step // self.steps_per_epoch
+        return [self._batch(part, epoch, share=len(part) / len(rows)) for part in own]
 
     def rows(self, step: int) -> list[int]:
         """Rows of the examples of a step."""
@@ -82,15 +96,62 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
         start, stop = bounds(len(order), step_in_epoch, self.steps_per_epoch)
         return order[start:stop].tolist()
 
-    def _batch(self, rows: list[int], *, share: float) -> Batch:
+    def _batch(self, rows: list[int], epoch: int, *, share: float) -> Batch:
         examples = self.examples[rows]
-        documents = examples["positive"] + [text for negatives in examples["negatives"] for text in negatives]
+        chosen = [
+            choose_documents(len(texts), self.documents_per_query, seed=(self.seed, epoch, row))
+            for row, texts in zip(rows, examples["documents"], strict=True)
+        ]
+
+        def take(column: str) -> list[list[Any]]:
+            """The chosen of each query, where the column has any."""
+            return [
+                [values[place] for place in places] if values else []
+                for values, places in zip(examples[column], chosen, strict=True)
+            ]
+
+        places = iter(range(sum(map(len, chosen))))
+        documents = [text for texts in take("documents") for text in texts]
+        scores = take("scores")
         return Batch(
             queries=tokenize(self.encoder, examples["query"], task="query", chunk_tokens=self.chunk_tokens),
             documents=tokenize(self.encoder, documents, task="document", chunk_tokens=self.chunk_tokens),
+            candidates=_table([[next(places) for _ in part] for part in chosen], fill=-1),
+            teacher_scores=_table(scores, fill=0.0) if any(scores) else None,
+            document_ids=torch.tensor([identity for part in take("document_ids") for identity in part]),
+            known_positives=_table([self._known_positives(query) for query in examples["query_id"]], fill=0),
             rows=rows,
             share=share,
         )
+
+    def _known_positives(self, query_id: int) -> list[int]:
+        first, last = (np.searchsorted(self._positives[:, 0], query_id, side) for side in ("left", "right"))
+        return [int(identity) for identity in self._positives[first:last, 1]]
+
+
+def choose_documents(documents: int, wanted: int | None, *, seed: tuple[int, int, int]) -> list[int]:
+    """Which of an example's documents an epoch takes: the positive, and of the others as many as fit; None takes all.
+
+    seed: of the run, the epoch, the example's row: no other example, and no process, changes the draw.
+    """
+    if wanted is None or wanted >= documents:
+        return list(range(documents))
+    others = np.random.default_rng(seed).choice(documents - 1, wanted - 1, replace=False)
+    return [0, *sorted((others + 1).tolist())]
+
+
+def _positives_by_query(examples: Dataset) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
+    """Query id and document id of each different pair of a query and its positive, sorted."""
+    table = examples.select_columns(["query_id", "document_ids"]).with_format("arrow")[:]
+    pairs = [table["query_id"], pc.list_element(table["document_ids"], 0)]
+    return np.unique(np.stack([column.to_numpy() for column in pairs], axis=1), axis=0)
+
+
+def _table(rows: list[list[Any]], *, fill: float) -> Tensor:
+    """Rows of different lengths, filled up; int64 or float32."""
+    width = max(map(len, rows))
+    dtype = torch.float32 if isinstance(fill, float) else torch.int64
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype)
 
 
 def count_steps_per_epoch(examples: int, batch_size: int) -> int:

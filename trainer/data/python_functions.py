@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Iterator
 from hashlib import md5
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
 from configs.schema import DataConfig
+from trainer.data.files import FEATURES, identity
 
 LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo"}
 MINIMUM_CHARACTERS = 60
@@ -24,9 +26,8 @@ QUERY_WORDS = range(5, 41)
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     """Return training and held-out examples, each query once; the counts depend on the Python that runs."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    columns = ("query", "positive", "negatives", "place")
-    train: list[tuple[str, str, list[str], str]] = []
-    held_out: list[tuple[str, str, list[str], str]] = []
+    train: list[dict[str, Any]] = []
+    held_out: list[dict[str, Any]] = []
     seen: set[str] = set()
     for module in _modules(library):
         name = module.relative_to(library).as_posix()
@@ -35,10 +36,17 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
             if query not in seen:
                 seen.add(query)
                 side = held_out if bucket < round(100 * config.evaluation_fraction) else train
-                side.append((query, source, [], f"{module}:{line}"))
-    return tuple(
-        Dataset.from_list([dict(zip(columns, row, strict=True)) for row in side]) for side in (train, held_out)
-    )
+                side.append(
+                    {
+                        "query": query,
+                        "query_id": identity(query),
+                        "documents": [source],
+                        "document_ids": [identity(source)],
+                        "scores": [],
+                        "place": f"{module}:{line}",
+                    }
+                )
+    return _table(train), _table(held_out)
 
 
 def _modules(library: Path) -> Iterator[Path]:
@@ -70,3 +78,9 @@ def _functions(module: Path) -> Iterator[tuple[str, str, int]]:
         source = ast.unparse(node)
         if len(source) >= MINIMUM_CHARACTERS:
             yield query, source, node.lineno
+
+
+def _table(examples: list[dict[str, Any]]) -> Dataset:
+    # from_list does not take features together with an empty list.
+    columns = {column: [example[column] for example in examples] for column in FEATURES}
+    return Dataset.from_dict(columns, features=FEATURES)
