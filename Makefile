@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test gpu gpu-check gpu-sanitize gpu-train gpu-benchmark
+.PHONY: train test gpu gpu-check gpu-sanitize gpu-train gpu-benchmark gpu-step
 train: $(VENV)/installed-quickstart
 	$(BIN)/python train.py experiment=quickstart overwrite=true
 
@@ -30,6 +30,7 @@ gpu:
 	$(MAKE) gpu-check
 	$(MAKE) gpu-sanitize
 	$(MAKE) gpu-benchmark
+	$(MAKE) gpu-step
 	$(MAKE) gpu-train
 
 gpu-check:
@@ -50,3 +51,6 @@ gpu-train:
 
 gpu-benchmark:
 	$(LIMITED) $(PYTHON) scripts/benchmark_maxsim.py device=cuda readme=true
+
+gpu-step:
+	$(LIMITED) $(PYTHON) scripts/benchmark_step.py device=cuda
