@@ -239,8 +239,8 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
         check_steps,
         check_teacher,
         choose_maxsim,
-        describe_run,
     )
+    from trainer.start_table import describe_run
 
     # What these warn of, such as queries that are cut, the start-up table says in figures.
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)

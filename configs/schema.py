@@ -647,7 +647,7 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
         if (optimizer.name is OptimizerName.muon) != (value is not None):
             rule = "has no effect on optimizer=adamw: use optimizer=muon"
             needed = "is needed by optimizer=muon: set a number"
-            yield f"optimizer.muon_{key}={value} {needed if value is None else rule}"
+            yield f"optimizer.muon_{key}=null {needed}" if value is None else f"optimizer.muon_{key}={value} {rule}"
 
 
 def _taught_data_problems(data: DataConfig) -> Iterator[str]:

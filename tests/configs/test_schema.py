@@ -207,7 +207,7 @@ LEARNT = "loss.contrastive.learn_temperature=true"
         *(
             (
                 ["optimizer=muon", f"optimizer.muon_{key}=null"],
-                f"optimizer.muon_{key}=None is needed by optimizer=muon: set a number",
+                f"optimizer.muon_{key}=null is needed by optimizer=muon: set a number",
             )
             for key in ("learning_rate", "momentum")
         ),

@@ -1,12 +1,13 @@
 """What the trainer's tests share: the tiny encoder, and a cache of its own for the tables that are read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from sentence_transformers import MultiVectorEncoder
 
 from architectures.factory import build_encoder
@@ -34,3 +35,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what `datasets` caches out of the user's folder, and out of the next test."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
     datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def new_accelerator_state() -> Iterator[None]:
+    """Each test chooses its precision, which the state of a process otherwise keeps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

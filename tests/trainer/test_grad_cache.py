@@ -27,14 +27,6 @@ ONE_TEXT, A_FEW_TEXTS, ALL_TEXTS = BUDGETS = (1, 40, 9999)
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-@pytest.fixture(autouse=True)
-def new_accelerator_state() -> Iterator[None]:
-    """Each test chooses its precision, which the state of a process otherwise keeps."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def step(config: Config, *, dtype: torch.dtype = torch.float64, cache_tokens: int | None = None) -> Step:
     return take_step(Accelerator(cpu=True), Case(config, dtype), cache_tokens=cache_tokens)
 

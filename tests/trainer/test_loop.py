@@ -80,14 +80,6 @@ DRAWN = ("data.documents_per_query=2", "loss.distillation.normalization=none")
 LEARNT = ("loss.contrastive.learn_temperature=true", "optimizer.groups=[{pattern: loss.*, learning_rate: 0.05}]")
 
 
-@pytest.fixture(autouse=True)
-def new_accelerator_state() -> Iterator[None]:
-    """Each test chooses its precision, which the state of a process otherwise keeps."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @dataclass(frozen=True)
 class Run:
     result: dict[str, Any]

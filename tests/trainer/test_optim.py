@@ -1,7 +1,7 @@
 """What the optimisers do to each parameter, against torch's own, loops written here and closed forms."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from math import cos, pi, sqrt
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load, save
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Transformer
@@ -46,14 +45,6 @@ MUON = replace(CONFIG, name=OptimizerName.muon, learning_rate=0.01, muon_learnin
 NAMED = pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
 NOTHING = nn.Module()
 LAYER = "backbone.encoder.layer"
-
-
-@pytest.fixture(autouse=True)
-def new_accelerator_state() -> Iterator[None]:
-    """The precision of one test would otherwise be that of the next."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

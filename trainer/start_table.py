@@ -1,0 +1,138 @@
+"""What a run will do, in global terms: the start-up table."""
+
+import statistics
+
+import numpy as np
+import pyarrow.compute as pc
+from accelerate import Accelerator
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Transformer
+
+from configs.schema import Config, LossConfig
+from losses.factory import Loss
+from losses.maxsim import kernel_obstacle
+from trainer.data import Data
+from trainer.data.batches import Batch, StepBatches, count_steps_per_epoch
+from trainer.loop import count_steps
+from trainer.optim import describe_optimizer
+from trainer.plan import maxsim_inputs, token_cap
+
+# Texts whose length is measured.
+SAMPLE = 512
+
+
+def describe_run(
+    config: Config, data: Data, batches: StepBatches, encoder: MultiVectorEncoder, loss: Loss, accelerator: Accelerator
+) -> dict[str, str]:
+    """The facts of the start-up table, by name; those of a batch are the first step's."""
+    trainer = config.trainer
+    micro_batch = trainer.batch_size // trainer.accumulation_steps
+    processes = accelerator.num_processes
+    each = f"{micro_batch // processes}" if micro_batch % processes == 0 else f"about {micro_batch / processes:.1f}"
+    evaluation = f"none: data.evaluation_fraction={config.data.evaluation_fraction:g} holds out no example"
+    if data.evaluation is not None:
+        evaluation = f"{len(data.evaluation.queries):,} queries, {len(data.evaluation.corpus):,} documents"
+        evaluation += ", each query's own re-ranked" if data.evaluation.candidates is not None else ""
+    steps = count_steps(config, len(data.train))
+    sample = data.train[:SAMPLE]
+    reasons = [kernel_obstacle(**each) for each in maxsim_inputs(config, accelerator.device, encoder)]
+    reason = next(filter(None, reasons), None)
+    counts = pc.list_value_length(
+        data.train.select_columns("document_ids").with_format("arrow")[:]["document_ids"]
+    ).to_numpy()
+    # Beside the positive, on average.
+    others = np.minimum(counts, config.data.documents_per_query or counts).mean() - 1
+    micro_batches = batches[0]
+    queries, documents = (
+        sum(len(getattr(batch, side).chunks) for batch in micro_batches) for side in ("queries", "documents")
+    )
+    kept = f"of at most {batches.chunk_tokens:,} tokens" + (", each encoded twice" if trainer.cache_tokens else "")
+    gradients = sum(4 * parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
+    return {
+        "data": f"{config.data.format.name}, {len(data.train):,} training examples",
+        "evaluation": evaluation,
+        "queries": _lengths(encoder, sample["query"], "query"),
+        "documents": _lengths(encoder, [texts[0] for texts in sample["documents"]], "document"),
+        "batch": f"{trainer.batch_size} queries a step, {trainer.accumulation_steps} micro-batch(es) of {micro_batch}, "
+        f"{processes} process(es)" + (f" of {each} queries each" if processes > 1 else ""),
+        "documents a query": _documents(counts, others),
+        "negatives a query": _negatives(config.loss, others, micro_batch, processes),
+        "chunks": f"{queries} of queries and {documents} of documents a step and process, {kept}",
+        "synchronisations": f"1 a step, of {_size(gradients)} of gradients" if processes > 1 else "none, one process",
+        "loss": _loss(loss),
+        "scores": _scores(micro_batches, loss, processes),
+        "optimizer": describe_optimizer(encoder, loss.learnt, config.optimizer),
+        "steps": f"{steps:,}, {steps / count_steps_per_epoch(len(data.train), trainer.batch_size):.2f} epochs",
+        "precision": f"{trainer.precision.name} on {accelerator.device.type}",
+        "MaxSim": loss.maxsim + (f", as {reason}" if loss.maxsim != trainer.maxsim.name and reason else ""),
+        "output": config.output_dir,
+    }
+
+
+def _documents(counts: "np.ndarray[tuple[int], np.dtype[np.int64]]", others: float) -> str:
+    if not others:
+        return "1, its positive"
+    drawn = f", drawn from up to {counts.max() - 1} anew each epoch" if others < counts.mean() - 1 else ""
+    return f"its positive and {others:.4g} more{drawn}"
+
+
+def _negatives(loss: LossConfig, others: float, micro_batch: int, processes: int) -> str:
+    if not loss.terms.contrastive:
+        return "none: no contrastive term"
+    own = micro_batch / processes
+    words = f"{own - 1:.4g} in the batch"
+    words += f" + {micro_batch - own:.4g} gathered from other processes" if processes > 1 else ""
+    if others:
+        words += f" + {others * (micro_batch - 1):.4g} explicit of other queries"
+        words += f" + {others:.4g} of its own" if loss.contrastive.own_negatives else ""
+    masked = ["known positives"] if loss.contrastive.mask_known_positives else []
+    if loss.contrastive.max_negative_ratio is not None:
+        masked.append(f"those above {loss.contrastive.max_negative_ratio:g} of the positive's score")
+    return words + (f"; {' and '.join(masked)} masked (train/..._masked)" if masked else "")
+
+
+def _loss(loss: Loss) -> str:
+    words = " + ".join(f"{weight:g} {name} of {loss.reads[name].name}" for name, weight in loss.weights.items())
+    if len(loss.widths) > 1:
+        words += ", at the widths " + ", ".join(f"{width} x {weight:g}" for width, weight in loss.widths.items())
+    return words
+
+
+def _scores(micro_batches: list[Batch], loss: Loss, processes: int) -> str:
+    """How many there are on one process, and the memory that they and the winners for their gradient take."""
+    largest = max(micro_batches, key=lambda batch: len(batch.rows))
+    queries, documents = largest.candidates.shape
+    whose = "of its own"
+    if "contrastive" in loss.terms:
+        documents, whose = len(largest.document_ids) * processes, "of all processes" if processes > 1 else "of all"
+    tokens = max(chunk["input_ids"].shape[1] for chunk in largest.queries.chunks)
+    # A float32 for each score, its softmax and the gradients of both, and the winner for each of the query's tokens.
+    size = len(loss.widths) * queries * documents * (16 + tokens * (2 if loss.maxsim == "cuda" else 4))
+    return f"{queries:,} queries x {documents:,} documents {whose}, {_size(size)} with gradients and winners"
+
+
+def _size(count: float) -> str:
+    """Bytes, as a person reads them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB" if count < 999.5 else f"{count:,.0f} GB"
+
+
+def _lengths(encoder: MultiVectorEncoder, texts: list[str], task: str) -> str:
+    """The cap of a side, how much of a sample it cuts, and what is added to a text."""
+    transformer = encoder[0]
+    assert isinstance(transformer, Transformer)
+    assert transformer.tokenizer is not None
+    prompt = encoder.prompts.get(task) or ""
+    lengths = [len(tokens) for tokens in transformer.tokenizer([prompt + text for text in texts])["input_ids"]]
+    cap = token_cap(transformer, task)
+    cut = sum(length > cap for length in lengths) / len(lengths)
+    limit = f"at most {cap} tokens" if cap < 10**9 else "no limit"  # tokenizers without one say 10^30
+    words = f"{limit}, which cuts {cut:.0%} of {len(texts)}, whose median is {statistics.median_low(lengths)}"
+    if task == "query" and (expansion := transformer.query_expansion):
+        least = "" if expansion["strategy"] == "fixed" else "at least "
+        seen = "attended" if expansion["attend"] else "unattended"
+        words += f"; filled to {least}{expansion['length']} with {seen} mask tokens"
+    return f"{words}; prefix {prompt!r}" if prompt else words
