@@ -50,7 +50,8 @@ class Loss:
                 total = total + width_weight * self.weights[name] * value
                 logged[name + place] = value.detach()
                 # The facts of the widest alone: those of the narrower differ little, or not at all.
-                logged = logged | facts if width == max(self.widths) else logged
+                if width == max(self.widths):
+                    logged |= facts
         return total, logged
 
 

@@ -49,8 +49,7 @@ def encode_texts(encoder: Encode, texts: TokenizedTexts, device: torch.device, *
     """Return vectors (N, J, H) and scoring mask (N, J) in the order in which the texts were given."""
     outputs = [encoder(_to(chunk, device), task=task) for chunk in texts.chunks]
     vectors = [output["token_embeddings"] for output in outputs]
-    order = texts.restore.to(device).argsort()
-    rows = list(order.split([len(part) for part in vectors]))
+    rows = list(texts.order.to(device).split([len(part) for part in vectors]))
     longest = max(part.shape[1] for part in vectors)
     joined: Tensor = _Join.apply(rows, longest, *vectors)
     mask: Tensor = _Join.apply(rows, longest, *(output["attention_mask"].bool() for output in outputs))

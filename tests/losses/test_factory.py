@@ -199,16 +199,7 @@ def test_every_other_value_of_a_key_reaches_its_term() -> None:
     config = make_loss_config(contrastive=1.0, distillation=1.0)
     config = replace(
         config,
-        contrastive=ContrastiveConfig(
-            score=Score.mean_maxsim,
-            temperature=0.25,
-            learn_temperature=False,
-            temperature_bounds=[0.1, 2.0],
-            symmetric=False,
-            own_negatives=True,
-            mask_known_positives=False,
-            max_negative_ratio=None,
-        ),
+        contrastive=replace(plain(config).contrastive, score=Score.mean_maxsim, temperature=0.25),
         distillation=replace(config.distillation, score=Score.maxsim, normalization=Normalization.none),
     )
     loss = build_loss(config, width=SIZE, maxsim="reference")

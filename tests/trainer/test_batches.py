@@ -88,7 +88,7 @@ def restored_tokens(texts: TokenizedTexts) -> list[list[int]]:
         if "query_expansion_positions" in chunk:
             used = used | chunk["query_expansion_positions"]
         rows += [ids[mask].tolist() for ids, mask in zip(chunk["input_ids"], used, strict=True)]
-    return [rows[position] for position in texts.restore.tolist()]
+    return [rows[position] for position in texts.order.argsort().tolist()]
 
 
 def expected_tokens(encoder: MultiVectorEncoder, texts: Sequence[str], task: str) -> list[list[int]]:
@@ -195,7 +195,7 @@ def test_documents_are_those_of_one_query_after_the_other_the_positive_first(enc
 
 def test_a_micro_batch_has_the_negatives_of_its_own_queries_only(encoder: MultiVectorEncoder) -> None:
     for batch in make_batches(encoder, batch_size=6, accumulation_steps=2)[0]:
-        assert len(batch.documents.restore) == len(batch.rows) + sum(row % 3 for row in batch.rows)
+        assert len(batch.documents.order) == len(batch.rows) + sum(row % 3 for row in batch.rows)
 
 
 def test_candidates_are_where_a_query_has_its_documents(encoder: MultiVectorEncoder) -> None:

@@ -20,8 +20,8 @@ class TokenizedTexts:
 
     chunks: list[dict[str, Any]]
     """Features for the encoder, shortest texts first."""
-    restore: Tensor
-    """(number of texts,) int64: where each text lies in the concatenated chunks."""
+    order: Tensor
+    """(number of texts,) int64: which of the given texts each row of the concatenated chunks is."""
     tokens: int
     """Tokens that stand for text, markers and expansion."""
     padded_tokens: int
@@ -203,7 +203,7 @@ def tokenize(encoder: MultiVectorEncoder, texts: Sequence[str], *, task: str, ch
         start = stop
     return TokenizedTexts(
         chunks=chunks,
-        restore=order.argsort(),
+        order=order,
         tokens=int(lengths.sum()),
         padded_tokens=sum(chunk["attention_mask"].numel() for chunk in chunks),
     )
