@@ -7,6 +7,7 @@ slow to import waits until the config has been checked.
 import hashlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -70,8 +71,14 @@ def main(arguments: list[str]) -> int:
 
 
 def _hydra(arguments: list[str]) -> None:
-    sys.argv[1:] = arguments
+    sys.argv[1:] = own_settings(arguments)
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(_task)()
+
+
+def own_settings(arguments: list[str]) -> list[str]:
+    """The arguments, where a backbone that is named without its preset brings its own settings, not the default's."""
+    keys = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    return ["backbone=checkpoint", *arguments] if "backbone.name" in keys and "backbone" not in keys else arguments
 
 
 def _task(composed: DictConfig) -> float | None:
@@ -204,7 +211,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
 
     resume: go on with the run in output_dir; changes: what it now has otherwise, a line each.
     """
-    from architectures.weights import locate_backbone
+    from architectures.layouts import read_checkpoint
     from trainer.run_folder import RunFolder
     from trainer.tracker import Tracker, check_tracker, new_id
 
@@ -212,7 +219,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
         config = replace(config, tracker=replace(config.tracker, id=new_id()))
     folder = RunFolder(config, resume=resume)
     folder.check()
-    locate_backbone(config.backbone)
+    checkpoint = read_checkpoint(config.backbone)
     check_tracker(config)
 
     import datasets
@@ -226,8 +233,11 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     from accelerate.utils import set_seed
     from transformers.utils import logging as transformers_logging
 
+    from architectures.doctor import describe_modules, diagnose
+    from architectures.export import loading_lines
     from architectures.factory import build_encoder
     from losses.factory import build_loss
+    from trainer.card import model_card
     from trainer.console import make_console
     from trainer.display import print_end, print_start
     from trainer.loop import Stopped, TrainingError, build_batches, count_steps, train
@@ -251,7 +261,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     try:
         check_batch(config, len(data.train), accelerator.num_processes)
         check_steps(count_steps(config, len(data.train)), folder.saved_step() if resume else 0)
-        check_teacher(config, data)
+        check_teacher(config, data, query_length=checkpoint.settings.query_length)
         choose_maxsim(config, accelerator.device)
         set_seed(config.seed)
         encoder = build_encoder(config.backbone, config.head)
@@ -263,7 +273,13 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
         freeze(encoder, loss.learnt, config.optimizer)
         batches = build_batches(config, data.train, encoder, accelerator)
         console = make_console(main=main_process)
-        print_start(console, encoder, describe_run(config, data, batches, encoder, loss, accelerator))
+        modules = describe_modules(encoder)
+        facts = {
+            "checkpoint": f"{config.backbone.name}, {checkpoint.layout.value}",
+            **diagnose(encoder),
+            **describe_run(config, data, batches, encoder, loss, accelerator),
+        }
+        print_start(console, modules, facts)
         for change in changes or []:
             console.print(f"changed  {change}")
         if resume and not folder.saved_step():
@@ -285,9 +301,21 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
                 console=console,
             )
             result["maxsim"] = backend
+            command = shlex.join(["python", "train.py", *sys.argv[1:]])
+            for path in {result["model"], (result["best"] or result)["model"]}:
+                card = model_card(
+                    config,
+                    modules=modules,
+                    facts=facts,
+                    result=result,
+                    loading=loading_lines(encoder, path),
+                    command=command,
+                    best=path != result["model"],
+                )
+                folder.write_card(Path(path).name, card)
             folder.write_result(result)
             tracker.finish(result)
-        print_end(console, result)
+        print_end(console, result, loading=next(iter(loading_lines(encoder, result["model"]).values())))
     except TrainingError as error:
         return _fail(str(error), status=1)
     except Stopped as stop:

@@ -1,105 +1,124 @@
-"""From config to model: MultiVectorEncoder([Transformer, Dense..., MultiVectorMask, Normalize])."""
+"""From config to model: MultiVectorEncoder([Transformer, head..., MultiVectorMask, Normalize])."""
 
 import inspect
-import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import MultiVectorEncoder
-from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
-from sentence_transformers.util import load_file_path
 from torch import nn
-from transformers import MODEL_MAPPING, AddedToken, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_MAPPING,
+    AddedToken,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from architectures.weights import locate_backbone
-from configs.schema import Activation, Attention, BackboneConfig, ConfigError, HeadConfig, HeadLayer, Keep
+from architectures.heads import build_head, head_of
+from architectures.layouts import PROJECTION, Checkpoint, read_checkpoint
+from architectures.projection import Projection
+from configs.schema import Attention, BackboneConfig, ConfigError, HeadConfig, Side
 
 logger = logging.getLogger(__name__)
 
-# The width that PyLate, sentence-transformers and ColBERT give to a checkpoint without a head.
-DEFAULT_LAYER = HeadLayer(out_features=128, bias=False, activation=Activation.identity, residual=False)
+# Words of which one stands at the start of a word and one within, where tokenizers tell these apart.
+PROBE = "what is a cat"
 
 
 def build_encoder(backbone: BackboneConfig, head: HeadConfig) -> MultiVectorEncoder:
     """Load the backbone and put the head on it.
 
-    New layers and tokens are drawn from torch's random state: seed it before. Weights are float32, on the CPU.
-    Raises ConfigError for all that `locate_backbone` refuses and for a prefix that is not one token.
+    New layers and tokens are drawn from torch's random state, layers from head.seed where there is one: seed it before.
+    Weights are float32, on the CPU.
+    Raises ConfigError for all that `read_checkpoint` refuses, weights that are not all there, layers that do not fit
+    and a prefix that is not one token.
     """
-    source = locate_backbone(backbone)
-    try:
-        model_kwargs, config_kwargs = _loading_options(source, backbone)
-        loaded = MultiVectorEncoder(
-            source, device="cpu", revision=backbone.revision, model_kwargs=model_kwargs, config_kwargs=config_kwargs
-        )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        problem = f"backbone.name={backbone.name} cannot be loaded ({reason})"
-        raise ConfigError(f"{problem}: is the model complete, and of a kind that transformers knows?") from error
+    checkpoint = read_checkpoint(backbone)
+    backbone = checkpoint.settings
+    loaded = _load(checkpoint)
     transformer, mask = loaded[0], next(module for module in loaded if isinstance(module, MultiVectorMask))
     assert isinstance(transformer, Transformer), "the loader puts the backbone first"
     tokenizer = transformer.tokenizer
     assert tokenizer is not None, "a text backbone has a tokenizer"
-    own_layers = [module for module in loaded if isinstance(module, Dense)] if _has_head(source, backbone) else []
-    layers = build_head(head, own_layers, transformer.get_embedding_dimension())
+    # Where positions are absolute, padding before a text would move it.
+    tokenizer.padding_side = "right"
+    own_layers = head_of(loaded) if checkpoint.has_head else []
+    width = transformer.get_embedding_dimension()
+    layers = build_head(head, own_layers, width)
     _set_lengths(transformer, backbone)
-    if backbone.skiplist is not None:
-        mask = _build_mask(tokenizer, backbone)
+    if backbone.skiplist is not None or backbone.skiplist_sides is not None:
+        mask = _build_mask(tokenizer, mask, backbone)
     if backbone.attention is Attention.flash_attention_2:
         transformer.unpad_inputs = False  # a batch is cut into chunks from its padded form
+    prompts = {side: prompt or "" for side, prompt in loaded.prompts.items()}
+    if not prompts.get("document"):  # other names for it, as the library has them
+        prompts["document"] = next(filter(None, (prompts.get(name) for name in ("passage", "corpus"))), "")
     encoder = MultiVectorEncoder(
         modules=[transformer, *layers, mask, Normalize(module_input_name="token_embeddings")],
-        prompts=_add_prefixes(transformer.model, tokenizer, loaded.prompts, backbone),
+        prompts=prompts | _add_prefixes(transformer.model, tokenizer, backbone),
         similarity_fn_name=loaded.similarity_fn_name,
         device="cpu",
     )
     # A save would otherwise ask the Hub for a model of the folder's name.
-    encoder.model_card_data.local_files_only = Path(source).is_dir()
+    encoder.model_card_data.local_files_only = Path(checkpoint.source).is_dir()
     return encoder
 
 
-def build_head(head: HeadConfig, own_layers: Sequence[Dense], width: int) -> list[Dense]:
-    """Return the kept layers and the new ones, widths chained.
-
-    own_layers: the Dense layers of the checkpoint; width: the backbone's.
-    """
-    layers = list(own_layers) if head.keep is Keep.all else []
-    specs = list(head.layers)
-    if not layers and not specs:
-        specs = [DEFAULT_LAYER]
-    for index, spec in enumerate(specs):
-        out_features = spec.out_features
-        if out_features is None:
-            assert spec.factor is not None, "parse_config lets no layer without a width pass"
-            out_features = round(spec.factor * width)
-        if out_features == 0:
-            raise ConfigError(f"head.layers[{index}].factor={spec.factor} of {width} gives a width of 0: raise it")
-        layers.append(
-            # Every argument: the library's own defaults are Tanh, a bias and the pooled embedding.
-            Dense(
-                in_features=layers[-1].out_features if layers else width,
-                out_features=out_features,
-                bias=spec.bias,
-                activation_function=getattr(nn, spec.activation.value)(),
-                module_input_name="token_embeddings",
-                module_output_name="token_embeddings",
-                use_residual=spec.residual,
-            )
+def _load(checkpoint: Checkpoint) -> MultiVectorEncoder:
+    """The checkpoint as the library reads it, with all of its weights."""
+    backbone, source = checkpoint.settings, checkpoint.source
+    try:
+        model_kwargs, config_kwargs = _loading_options(source, backbone)
+        options: dict[str, Any] = {
+            "device": "cpu",
+            "revision": backbone.revision,
+            "model_kwargs": model_kwargs,
+            "config_kwargs": config_kwargs,
+            "trust_remote_code": backbone.trust_remote_code,
+        }
+        if any(kind == PROJECTION for kind, _ in checkpoint.head):
+            # Our own class, not the file in the folder: it would run.
+            loaded = MultiVectorEncoder._load_with_module_classes(source, {PROJECTION: Projection}, **options)
+        else:
+            loaded = MultiVectorEncoder(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = f"backbone.name={backbone.name} cannot be loaded ({reason})"
+        raise ConfigError(f"{problem}: is the model complete, and of a kind that transformers knows?") from error
+    transformer = loaded[0]
+    assert isinstance(transformer, Transformer), "the loader puts the backbone first"
+    missing = _not_loaded(transformer.model)
+    if missing:
+        raise ConfigError(
+            f"backbone.name={backbone.name} has no weights for {len(missing)} parameters of its "
+            f"{type(transformer.model).__name__}, such as {missing[0]}: they would be random; is the model complete?"
         )
-    return layers
+    return loaded
+
+
+def _not_loaded(model: PreTrainedModel) -> list[str]:
+    """Names of parameters that the checkpoint did not hold; transformers marks those that it read."""
+    read = {name: getattr(parameter, "_is_hf_initialized", False) for name, parameter in model.named_parameters()}
+    return [name for name, was_read in read.items() if not was_read] if any(read.values()) else list(read)
 
 
 def _loading_options(source: str, backbone: BackboneConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What transformers is told about the weights and about their config."""
-    config = AutoConfig.from_pretrained(source, revision=backbone.revision)
+    config = AutoConfig.from_pretrained(
+        source, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+    )
     # A checkpoint stored in half precision would otherwise be trained in it.
     model_kwargs: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": backbone.attention.name}
-    model_class: Any = MODEL_MAPPING[type(config)]
+    if not backbone.allow_pickle:
+        model_kwargs["use_safetensors"] = True
+    model_class = _model_class(source, config, backbone)
     # An unused pooler gets no gradient, which breaks DistributedDataParallel at the second step.
     if "add_pooling_layer" in inspect.signature(model_class).parameters:
         model_kwargs["add_pooling_layer"] = False
@@ -111,33 +130,34 @@ def _loading_options(source: str, backbone: BackboneConfig) -> tuple[dict[str, A
     return model_kwargs, config_kwargs
 
 
-def _has_head(source: str, backbone: BackboneConfig) -> bool:
-    """Whether the checkpoint has projection layers of its own; the loader adds a random one where it has none."""
-    modules = load_file_path(source, "modules.json", revision=backbone.revision)
-    if modules is not None:
-        return any(
-            module["type"].endswith(".Dense") for module in json.loads(Path(modules).read_text(encoding="utf-8"))
-        )
-    return "HF_ColBERT" in (AutoConfig.from_pretrained(source, revision=backbone.revision).architectures or [])
+def _model_class(source: str, config: PretrainedConfig, backbone: BackboneConfig) -> Any:
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModel")
+    if own is not None and backbone.trust_remote_code:
+        return get_class_from_dynamic_module(own, source, revision=backbone.revision)
+    return MODEL_MAPPING[type(config)]
 
 
 def _set_lengths(transformer: Transformer, backbone: BackboneConfig) -> None:
     if backbone.document_length is not None:
         transformer.document_length = backbone.document_length
-    if backbone.expansion is None and backbone.query_length is None:
-        return
     own = transformer.query_expansion
     length = backbone.query_length or (own["length"] if own else transformer.query_length)
     strategy: str = own["strategy"] if own else "none"
     attend = own["attend"] if own else False
     if backbone.expansion is not None:
-        strategy, attend = backbone.expansion.name, backbone.attend_to_expansion
+        strategy = backbone.expansion.name
+    if backbone.attend_to_expansion is not None:
+        attend = backbone.attend_to_expansion
     # Lifted first: the library refuses an expansion that is longer than the query length it finds.
     transformer.query_length = None
     if strategy == "none":
         transformer.query_expansion = None
+    elif length is None:
+        raise ConfigError(
+            f"backbone.query_length=null: expansion={strategy} fills queries to a length, and the checkpoint states "
+            "none: give one"
+        )
     else:
-        assert length is not None, "parse_config asks for the length that an expansion fills"
         transformer.query_expansion = {
             "strategy": "min" if strategy == "min" else "fixed",
             "attend": attend,
@@ -148,24 +168,27 @@ def _set_lengths(transformer: Transformer, backbone: BackboneConfig) -> None:
         transformer.query_length = length
 
 
-def _build_mask(tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig) -> MultiVectorMask:
+def _build_mask(tokenizer: PreTrainedTokenizerBase, own: MultiVectorMask, backbone: BackboneConfig) -> MultiVectorMask:
     """Mask of the tokens that are scored; words outside the vocabulary would mask every unknown token, so they go."""
-    assert backbone.skiplist is not None
+    words = own.skiplist_words if backbone.skiplist is None else backbone.skiplist
+    sides = own.skiplist_tasks
+    if backbone.skiplist_sides is not None:
+        sides = [side.name for side in backbone.skiplist_sides]
+    elif backbone.skiplist is not None:
+        sides = [Side.document.name]
     vocabulary = tokenizer.get_vocab()
-    known = [word for word in backbone.skiplist if word in vocabulary]
-    if dropped := [word for word in backbone.skiplist if word not in vocabulary]:
+    known = [word for word in words if word in vocabulary]
+    if dropped := [word for word in words if word not in vocabulary]:
         logger.warning("backbone.skiplist: dropped %s, no single tokens of this vocabulary", " ".join(dropped))
-    return MultiVectorMask(known, skiplist_tasks=[side.name for side in backbone.skiplist_sides])
+    return MultiVectorMask(known, skiplist_tasks=sides, keep_only_token_ids=own.keep_only_token_ids)
 
 
 def _add_prefixes(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    own_prompts: dict[str, str | None],
-    backbone: BackboneConfig,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig
 ) -> dict[str, str]:
-    """Make each prefix one special token, which stands right after the first special token as in PyLate."""
-    prompts = {side: prompt or "" for side, prompt in own_prompts.items()}
+    """Make each prefix one special token, which stands right after the first special token as in PyLate; return what
+    stands before a text of each side that has one."""
+    prompts: dict[str, str] = {}
     for side, prefix in (("query", backbone.query_prefix), ("document", backbone.document_prefix)):
         if prefix is None:
             continue
@@ -175,7 +198,8 @@ def _add_prefixes(
         # A marker that the vocabulary holds but text never gives, such as [unused0], is taken as it is.
         word = prefix.strip()
         is_marker = word in tokenizer.added_tokens_encoder or tokenizer.tokenize(word) != [word]
-        marker = word if word in tokenizer.get_vocab() and is_marker else prefix
+        known = [text for text in (prefix, word) if text in tokenizer.get_vocab()]
+        marker = known[0] if known and is_marker else prefix
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [AddedToken(marker, normalized=False, special=True)]},
             replace_extra_special_tokens=False,
@@ -185,8 +209,17 @@ def _add_prefixes(
                 f"backbone.{side}_prefix={prefix!r} must be one token, the tokenizer makes {tokens} of it: "
                 "use a marker such as '[Q] ' or an empty text"
             )
+        prompts[side] = _before_text(tokenizer, prefix)
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     if len(tokenizer) > embeddings.num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return prompts
+
+
+def _before_text(tokenizer: PreTrainedTokenizerBase, prefix: str) -> str:
+    """The prefix, with a space or without, so that the text after it has the tokens that it has alone, as where PyLate
+    and Stanford's ColBERT put the marker's id among those of the text."""
+    alone = tokenizer.tokenize(PROBE)
+    spellings = (prefix, f"{prefix} ", prefix.rstrip())
+    return next((spelling for spelling in spellings if tokenizer.tokenize(spelling + PROBE)[1:] == alone), prefix)

@@ -5,6 +5,7 @@ Light on purpose: neither torch nor transformers is imported, so a wrong name, l
 
 import hashlib
 import json
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def locate_backbone(backbone: BackboneConfig) -> str:
     Raises ConfigError for a name that is nothing, a length beyond the positions, or weights with another SHA-256.
     """
     source = _source(backbone)
-    positions = _positions(_read_config(source, backbone))
+    positions = positions_of(read_json(source, "config.json", backbone))
     for key, length in (("query_length", backbone.query_length), ("document_length", backbone.document_length)):
         if positions is not None and length is not None and length > positions:
             raise ConfigError(
@@ -61,15 +62,34 @@ def _source(backbone: BackboneConfig) -> str:
     return name
 
 
-def _read_config(source: str, backbone: BackboneConfig) -> dict[str, Any]:
-    path = _file(source, "config.json", backbone)
+def read_json(source: str, filename: str, backbone: BackboneConfig, *, kind: type = dict) -> Any:
+    """The object, or the list, that a file of the backbone holds."""
+    path = _file(source, filename, backbone)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"backbone.name={backbone.name}: {path}:{error.lineno} is no JSON: {error.msg}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"backbone.name={backbone.name}: {path}:1 must hold a JSON object")
-    return config
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"backbone.name={backbone.name}: {path} is no text: {error}") from error
+    if not isinstance(content, kind):
+        raise ConfigError(
+            f"backbone.name={backbone.name}: {path}:1 must hold a JSON {'object' if kind is dict else 'array'}"
+        )
+    return content
+
+
+def find_file(source: str, filename: str, backbone: BackboneConfig) -> Path | None:
+    """A file that the backbone may have, fetched from the Hub where the source is no folder."""
+    if Path(source).is_dir():
+        path = Path(source, filename)
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, filename, revision=backbone.revision))
+    except EntryNotFoundError:  # also what an unreachable Hub raises for a file that the cache does not know
+        return None
 
 
 def _file(source: str, filename: str, backbone: BackboneConfig) -> Path:
@@ -99,7 +119,7 @@ def _file(source: str, filename: str, backbone: BackboneConfig) -> Path:
         ) from error
 
 
-def _positions(config: dict[str, Any]) -> int | None:
+def positions_of(config: dict[str, Any]) -> int | None:
     """Tokens that the position embeddings hold; None where the architecture has no such limit."""
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int) or positions < 1:
@@ -110,10 +130,15 @@ def _positions(config: dict[str, Any]) -> int | None:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(path)
     if found != expected:
         raise ConfigError(
             f"backbone.sha256={expected}: {path} has {found}: these are other weights; install the published "
             "ones again, or set backbone.sha256=null to take them"
         )
+
+
+@cache
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

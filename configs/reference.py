@@ -42,7 +42,10 @@ def help_text(configs: Path) -> str:
 def groups(configs: Path) -> dict[str, dict[str, str]]:
     """The first comment of each member, by member, by group."""
     return {
-        folder.name: {member.stem: first_comment(member) for member in sorted(folder.glob("*.yaml"))}
+        folder.name: {
+            member.relative_to(folder).with_suffix("").as_posix(): first_comment(member)
+            for member in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
+        }
         for folder in sorted(configs.iterdir())
         if any(folder.glob("*.yaml")) and folder.name not in NO_GROUPS
     }

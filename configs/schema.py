@@ -15,6 +15,9 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+# For names of folders that are made of members such as study/glu.
+OmegaConf.register_new_resolver("dashed", lambda text: text.replace("/", "-"), replace=True)
+
 
 class ConfigError(Exception):
     """A mistake of the user's: key or file:line, value, rule and remedy in one line."""
@@ -37,11 +40,6 @@ class Side(Enum):
     document = "document"
 
 
-class Keep(Enum):
-    all = "all"
-    none = "none"
-
-
 class Activation(Enum):
     """Classes of torch.nn that need no argument: a saved head names the class alone."""
 
@@ -53,6 +51,12 @@ class Activation(Enum):
     mish = "Mish"
     tanh = "Tanh"
     sigmoid = "Sigmoid"
+
+
+class Norm(Enum):
+    none = "none"
+    layer_norm = "LayerNorm"
+    rms_norm = "RMSNorm"
 
 
 class DataFormat(Enum):
@@ -105,7 +109,8 @@ Metric = Enum("Metric", {"ndcg@10": "nDCG@10", "mrr@10": "RR@10", "map": "AP", "
 
 @dataclass
 class BackboneConfig:
-    """The pretrained encoder and how text becomes its tokens. A key that is null keeps what the checkpoint says."""
+    """The pretrained encoder and how text becomes its tokens. A key that is null keeps what a late-interaction
+    checkpoint says; any other gets what PyLate gives it."""
 
     name: str
     """Hub name, local folder, or `package:<module>/<folder>` for weights inside an installed Python package."""
@@ -113,31 +118,36 @@ class BackboneConfig:
     """Branch, tag or commit of a Hub name; null is its main branch."""
     sha256: str | None
     """SHA-256 that `model.safetensors` must have, checked before it is loaded; null checks nothing."""
+    trust_remote_code: bool
+    """Run the Python code that the checkpoint brings; without it such a checkpoint is refused."""
+    allow_pickle: bool
+    """Take weights that lie in pickles alone, which are read as tensors and nothing else (`weights_only`)."""
     attention: Attention
     """Attention of the backbone. flash_attention_2 cannot keep unattended expansion tokens apart."""
     dropout: float | None
     """Share of activations that the backbone drops in training; null is what the checkpoint says."""
     query_length: int | None
-    """Tokens of a query, special ones and prefix included."""
+    """Tokens of a query, special ones and prefix included; 32 in PyLate."""
     document_length: int | None
-    """Tokens a document is cut to, special ones and prefix included."""
+    """Tokens a document is cut to, special ones and prefix included; 180 in PyLate, 220 in Stanford's ColBERT."""
     query_prefix: str | None
     """Marker put before every query, one token of its own; an empty text means none."""
     document_prefix: str | None
     """Marker put before every document, one token of its own; an empty text means none."""
     expansion: Expansion | None
     """Fill queries with mask tokens, which are scored: to exactly query_length tokens (fixed), or at least (min)."""
-    attend_to_expansion: bool
-    """Whether the backbone's attention sees the expansion tokens; read where expansion is fixed or min."""
+    attend_to_expansion: bool | None
+    """Whether the backbone's attention sees the expansion tokens."""
     skiplist: list[str] | None
     """Tokens left out of scoring. A word that is no single token of the vocabulary is listed and dropped."""
-    skiplist_sides: list[Side]
-    """Sides that the skiplist applies to; read where there is a skiplist."""
+    skiplist_sides: list[Side] | None
+    """Sides that the skiplist applies to."""
 
 
 @dataclass
 class HeadLayer:
-    """One projection layer: activation(linear(x)) plus, with residual, x itself."""
+    """One projection layer: activation(linear(x)) plus, with residual, x itself. One with norm, gated or dropout is a
+    module of our own, which the saved model carries; others are Dense layers that any library reads."""
 
     bias: bool
     """Whether the linear map has a bias."""
@@ -150,14 +160,28 @@ class HeadLayer:
     """Width of the layer's output. Where it is given, factor is not read."""
     factor: float | None = None
     """Width of the layer's output as a multiple of the backbone's width."""
+    # What few layers have may be left out as well: a list has no preset to take it from.
+    in_features: int | None = None
+    """Width of the layer's input; it follows from the layer before, and is checked against it where it is given."""
+    norm: Norm = Norm.none
+    """Normalisation of the layer's input, before the linear map; a residual passes it by."""
+    gated: bool = False
+    """Multiply by a second linear map of the input: with sigmoid a GLU, with silu a SwiGLU."""
+    dropout: float = 0.0
+    """Share of the output dropped in training, before the residual is added."""
 
 
 @dataclass
 class HeadConfig:
     """The projection head: what is kept of the checkpoint's own, then the layers listed here."""
 
-    keep: Keep
-    """Layers kept of the checkpoint's own head. Where all are kept, there is none and none is listed: one to 128."""
+    keep: str
+    """Layers kept of the checkpoint's own head: all, none, or a number, the first so many."""
+    embedding_size: int | None
+    """Width of the vectors: where the last layer gives another, a bias-free linear layer to it follows. null leaves
+    what the layers give; a head without any gets one to 128."""
+    seed: int | None
+    """Seed that new layers are drawn from; null draws them from the run's."""
     layers: list[HeadLayer]
     """Layers appended after those kept; each takes the width of the one before."""
 
@@ -551,25 +575,30 @@ def _negative(*values: tuple[str, float]) -> Iterator[str]:
 
 
 def _head_problems(head: HeadConfig) -> Iterator[str]:
-    if not head.layers and head.keep is Keep.none:
-        yield "head.layers=[] with head.keep=none leaves no layer: add one, or set head.keep=all"
+    if head.keep not in ("all", "none") and not head.keep.isdecimal():
+        yield f"head.keep={head.keep} must be all, none or the number of layers to keep, the first so many"
+    if not head.layers and head.keep in ("none", "0") and head.embedding_size is None:
+        yield (
+            f"head.layers=[] with head.keep={head.keep} leaves no layer: add one, set head.embedding_size, or set "
+            "head.keep=all"
+        )
+    yield from _not_positive(("head.embedding_size", head.embedding_size))
+    if head.seed is not None and not 0 <= head.seed < 2**32:
+        yield f"head.seed={head.seed} must lie between 0 and 4294967295"
     for index, layer in enumerate(head.layers):
         path = f"head.layers[{index}]"
-        yield from _not_positive((f"{path}.out_features", layer.out_features), (f"{path}.factor", layer.factor))
+        yield from _not_positive(
+            (f"{path}.out_features", layer.out_features),
+            (f"{path}.factor", layer.factor),
+            (f"{path}.in_features", layer.in_features),
+        )
         if layer.out_features is None and layer.factor is None:
             yield f"{path} has no width: set its out_features, or its factor as a multiple of the backbone's width"
+        if not 0 <= layer.dropout < 1:
+            yield f"{path}.dropout={layer.dropout} must be at least 0 and below 1"
 
 
 def _backbone_problems(backbone: BackboneConfig) -> Iterator[str]:
-    expands = backbone.expansion in (Expansion.fixed, Expansion.min)
-    if expands and backbone.query_length is None:
-        assert backbone.expansion is not None
-        yield f"backbone.query_length=null: expansion={backbone.expansion.name} fills queries to a length, so give one"
-    if backbone.attention is Attention.flash_attention_2 and expands and not backbone.attend_to_expansion:
-        yield (
-            "backbone.attention=flash_attention_2 cannot keep unattended expansion tokens apart: "
-            "set backbone.attend_to_expansion=true, backbone.expansion=none or backbone.attention=sdpa"
-        )
     if backbone.dropout is not None and not 0 <= backbone.dropout < 1:
         yield f"backbone.dropout={backbone.dropout} must be at least 0 and below 1"
     if backbone.sha256 is not None and (len(backbone.sha256) != 64 or set(backbone.sha256) - set("0123456789abcdef")):

@@ -26,7 +26,7 @@ def reference(node: type = Config, prefix: str = "") -> Iterator[str]:
         element = next((inner for inner in get_args(hint) if is_dataclass(inner)), None)
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            yield f"| **`{key}`** | group | {inspect.getdoc(hint)} |"
+            yield f"| **`{key}`** | group | {' '.join(str(inspect.getdoc(hint)).split())} |"
             yield from reference(hint, f"{key}.")
         else:
             yield f"| `{key}` | {_type(hint)} | {meanings[field.name]} |"

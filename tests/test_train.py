@@ -249,7 +249,7 @@ def test_the_start_up_table_shows_the_widths_and_the_batch(tiny_run: list[str]) 
 
 def test_two_linear_layers_are_called_what_they_are(tiny_run: list[str]) -> None:
     done = run_command(*tiny_run, "head=ettin_mlp", "trainer.steps=1")
-    assert "head: 2 layers without an activation are one linear map in disguise" in done.stdout
+    assert "32 -> 64 -> 32, 6,144 parameters; linear in disguise: it folds to one 32 -> 32 matrix" in done.stdout
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_examples(
@@ -282,7 +282,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     ("arguments", "message"),
     [
         (["head.layer=[]"], "head.layer is no key; the nearest is head.layers "),
-        (["+head.foo=1"], "head.foo is no key; the nearest is head.keep "),
+        (["+head.foo=1"], "head.foo is no key; the nearest is head.seed "),
         (["trainer.stepz=5"], "trainer.stepz is no key; the nearest is trainer.steps "),
         (["hed=mlp"], "hed is no key; the nearest is head "),
         (["head.layers=[{foo:1}]"], "head.layers[0].foo is no key; the nearest is head.layers.0.factor "),
@@ -307,7 +307,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         ),
         (
             ["head=linear", "head.layers=[]"],
-            "head.layers=[] with head.keep=none leaves no layer: add one, or set head.keep=all",
+            "head.layers=[] with head.keep=none leaves no layer: add one, set head.embedding_size, or set head.keep=all",
         ),
         (["loss.contrastive.temperature=0"], "loss.contrastive.temperature=0.0 must be positive"),
         (["loss.temperature=0.5"], "loss.temperature is no key; the nearest is loss.contrastive.temperature "),
@@ -462,7 +462,7 @@ def test_half_precision_that_needs_a_gpu_says_so(tiny_run: list[str]) -> None:
 def test_help_is_a_page_of_its_own() -> None:
     done = run_command("--help")
     assert done.returncode == 0
-    assert "mlp_residual  Widen by 2 with GELU and a residual" in done.stdout
+    assert "mlp_residual    Widen by 2 with GELU and a residual" in done.stdout
     assert "python train.py rerun=outputs/quickstart output_dir=outputs/again" in done.stdout
 
 

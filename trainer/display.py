@@ -1,5 +1,6 @@
 """What a person reads: the start-up table, the progress of a run, and its end."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
@@ -7,29 +8,22 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from sentence_transformers import MultiVectorEncoder
-from sentence_transformers.base.modules import Dense, Transformer
-from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
-from torch import nn
 
 from configs.schema import LossTerms
 
 TERMS = [field.name for field in fields(LossTerms)]
 
 
-def print_start(console: Console, encoder: MultiVectorEncoder, facts: dict[str, str]) -> None:
-    """Print the modules with their widths and parameters, then the facts of the run, one a line."""
+def print_start(console: Console, described: Sequence[tuple[str, str, int]], facts: Mapping[str, str]) -> None:
+    """Print the modules, each as class, what it does and parameters, then the facts of the run, one a line."""
     modules = Table(box=None, pad_edge=False, header_style="bold")
     modules.add_column("module")
     modules.add_column("what it does")
     modules.add_column("parameters", justify="right")
-    for module in encoder:
-        count = sum(parameter.numel() for parameter in module.parameters())
-        modules.add_row(type(module).__name__, describe_module(module), f"{count:,}" if count else "")
-    modules.add_row("", "", f"{sum(parameter.numel() for parameter in encoder.parameters()):,}", style="bold")
+    for name, words, count in described:
+        modules.add_row(name, words, f"{count:,}" if count else "")
+    modules.add_row("", "", f"{sum(count for *_, count in described):,}", style="bold")
     console.print(modules)
-    if note := describe_head([module for module in encoder if isinstance(module, Dense)]):
-        console.print(f"head: {note}")
     console.print()
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
@@ -40,39 +34,8 @@ def print_start(console: Console, encoder: MultiVectorEncoder, facts: dict[str, 
     console.print()
 
 
-def describe_module(module: nn.Module) -> str:
-    """One line about a module: widths, and what it does to them."""
-    match module:
-        case Transformer():
-            return f"{type(module.model).__name__}, {module.get_embedding_dimension()} wide"
-        case Dense():
-            parts = [f"{module.in_features} -> {module.out_features}", type(module.activation_function).__name__]
-            parts += ["bias"] if module.bias else ["no bias"]
-            if module.use_residual:
-                parts.append("residual" if module.in_features == module.out_features else "residual over a learned map")
-            return ", ".join(parts)
-        case MultiVectorMask():
-            sides = " and ".join(module.skiplist_tasks)
-            return (
-                f"{len(module.skiplist_words)} tokens not scored in a {sides}"
-                if module.skiplist_words
-                else "scores every token"
-            )
-    return "unit length"
-
-
-def describe_head(layers: list[Dense]) -> str | None:
-    """Say when several layers are one linear map: more parameters to train, no function that one layer lacks."""
-    linear = all(isinstance(layer.activation_function, nn.Identity) for layer in layers)
-    return (
-        f"{len(layers)} layers without an activation are one linear map in disguise"
-        if linear and len(layers) > 1
-        else None
-    )
-
-
-def print_end(console: Console, result: dict[str, Any]) -> None:
-    """Print the scores before and after, where the models lie, and how to load them."""
+def print_end(console: Console, result: dict[str, Any], *, loading: str) -> None:
+    """Print the scores before and after, where the models lie, and how to load them: loading, lines of Python."""
     before, after, best, change = (result[key] for key in ("before", "after", "best", "change"))
     if before is not None and after is not None:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -92,11 +55,8 @@ def print_end(console: Console, result: dict[str, Any]) -> None:
         console.print(f"best model, of step {best['step']}: {best['model']}")
     console.print(f"model: {result['model']}")
     console.print("load it with:")
-    console.print("    from sentence_transformers import MultiVectorEncoder")
-    console.print(f'    model = MultiVectorEncoder("{result["model"]}")')
-    console.print(
-        '    scores = model.similarity(model.encode_query(["a query"]), model.encode_document(["a document"]))'
-    )
+    for line in loading.splitlines():
+        console.print(f"    {line}")
 
 
 class ProgressDisplay:

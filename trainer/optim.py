@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from sentence_transformers import MultiVectorEncoder
-from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.base.modules import Transformer
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,19 +18,17 @@ from configs.schema import ConfigError, OptimizerConfig, OptimizerName
 def named_parameters(encoder: MultiVectorEncoder, learnt: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter, by the name that patterns match.
 
-    learnt: what the loss learns. Names are `backbone.<name inside the transformers model>`, `head.<index of the Dense
-    layer>.<name>`, `module.<index>.<name>` for what else the encoder has, and `loss.<name>`.
+    learnt: what the loss learns. Names are `backbone.<name inside the transformers model>`, `head.<index of the
+    layer>.<name>` and `loss.<name>`.
     """
     modules: dict[str, nn.Module] = {}
     layers = 0
-    for index, module in enumerate(encoder):
+    for module in encoder:
         if isinstance(module, Transformer):
             modules["backbone"] = module.model
-        elif isinstance(module, Dense):
+        elif next(module.parameters(), None) is not None:
             modules[f"head.{layers}"] = module
             layers += 1
-        else:
-            modules[f"module.{index}"] = module
     modules["loss"] = learnt
     return {
         f"{prefix}.{name}": parameter

@@ -47,9 +47,12 @@ def check_steps(steps: int, done: int) -> None:
         )
 
 
-def check_teacher(config: Config, data: Data) -> None:
+def check_teacher(config: Config, data: Data, *, query_length: int | None) -> None:
     """Raise ConfigError where most of the teacher's scores cannot teach: the same for all documents of a query, one
-    document's alone under the softmax, or margins that no MaxSim has; of the documents that the first epoch takes."""
+    document's alone under the softmax, or margins that no MaxSim has; of the documents that the first epoch takes.
+
+    query_length: tokens of a query, each of which adds 1 to a score at most; None where that is not known.
+    """
     terms, loss = config.loss.terms, config.loss
     if not (terms.distillation or terms.margin_mse):
         return
@@ -90,8 +93,8 @@ def check_teacher(config: Config, data: Data) -> None:
             f"loss.distillation.teacher_temperature={temperature:g} leaves one document more than {ONE_HOT:.0%}",
             f"raise it; the scores of a query have a standard deviation of {deviation:.3g}",
         )
-    if terms.margin_mse and config.backbone.query_length is not None:
-        temperature, highest = loss.margin_mse.teacher_temperature, config.backbone.query_length
+    if terms.margin_mse and query_length is not None:
+        temperature, highest = loss.margin_mse.teacher_temperature, query_length
         if loss.margin_mse.score is Score.mean_maxsim:
             highest = 1
         margins = [np.abs(scores[0] - scores[1:]).mean() for scores in taught]

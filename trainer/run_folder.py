@@ -153,9 +153,16 @@ class RunFolder:
         """Write the model of a step as a folder that `MultiVectorEncoder` loads, and return it."""
         if self._main:
             with self._placed(name) as path:
-                encoder.save_pretrained(str(path))
+                # Its card follows once the scores are known.
+                encoder.save_pretrained(str(path), create_model_card=False)
                 (path / STEP).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
         return self.path / name
+
+    def write_card(self, name: str, card: str) -> None:
+        """Write the card of a saved model."""
+        if self._main:
+            with self._placed(f"{name}/README.md") as path:
+                path.write_text(card, encoding="utf-8")
 
     def model_step(self, name: str) -> int | None:
         """The step that a saved model is of, None where there is none."""

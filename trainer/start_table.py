@@ -127,10 +127,18 @@ def _lengths(encoder: MultiVectorEncoder, texts: list[str], task: str) -> str:
     assert transformer.tokenizer is not None
     prompt = encoder.prompts.get(task) or ""
     lengths = [len(tokens) for tokens in transformer.tokenizer([prompt + text for text in texts])["input_ids"]]
-    cap = token_cap(transformer, task)
-    cut = sum(length > cap for length in lengths) / len(lengths)
+    cut = sum(length > token_cap(transformer, task) for length in lengths) / len(lengths)
+    measured = f", which cuts {cut:.0%} of {len(texts)}, whose median is {statistics.median_low(lengths)}"
+    return describe_side(encoder, task, measured=measured)
+
+
+def describe_side(encoder: MultiVectorEncoder, task: str, *, measured: str = "") -> str:
+    """The cap of a side and what is added to a text. measured: what the cap does to texts."""
+    transformer = encoder[0]
+    assert isinstance(transformer, Transformer)
+    cap, prompt = token_cap(transformer, task), encoder.prompts.get(task) or ""
     limit = f"at most {cap} tokens" if cap < 10**9 else "no limit"  # tokenizers without one say 10^30
-    words = f"{limit}, which cuts {cut:.0%} of {len(texts)}, whose median is {statistics.median_low(lengths)}"
+    words = f"{limit}{measured}"
     if task == "query" and (expansion := transformer.query_expansion):
         least = "" if expansion["strategy"] == "fixed" else "at least "
         seen = "attended" if expansion["attend"] else "unattended"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from architectures.factory import build_encoder
 from architectures.heads import cut_head
-from configs.schema import Activation, Config, HeadConfig, HeadLayer, Keep
+from configs.schema import Activation, Config, HeadConfig, HeadLayer
 
 QUERIES = ["what is a cat?", "the dog barks"]
 DOCUMENTS = ["the cat meows, a dog barks!", "fish"]
@@ -45,7 +45,9 @@ def build(make_config: Callable[..., Config]) -> Build:
     def build_with(*layers: HeadLayer) -> MultiVectorEncoder:
         config = make_config("data=pairs", "data.path=prose.jsonl", "backbone.query_length=12")
         torch.manual_seed(0)
-        return build_encoder(config.backbone, HeadConfig(keep=Keep.none, layers=list(layers))).eval()
+        return build_encoder(
+            config.backbone, HeadConfig(keep="none", embedding_size=None, seed=None, layers=list(layers))
+        ).eval()
 
     return build_with
 

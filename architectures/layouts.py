@@ -1,0 +1,233 @@
+"""The layouts that late-interaction models are published in, and the settings that their files state.
+
+Light on purpose: neither torch nor transformers is imported, so a damaged or foreign folder answers at once.
+"""
+
+import string
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from architectures.weights import find_file, locate_backbone, positions_of, read_json
+from configs.schema import Activation, Attention, BackboneConfig, ConfigError, Expansion, Side
+
+
+class Layout(Enum):
+    """What a checkpoint is, by its files; the value is what a person reads."""
+
+    plain = "a plain backbone"
+    sentence_transformers = "a sentence-transformers model"
+    multi_vector = "a sentence-transformers MultiVectorEncoder"
+    pylate = "a PyLate model"
+    stanford = "a Stanford ColBERT"
+
+
+# What PyLate writes into config_sentence_transformers.json, of every version; model_type came late and not always.
+PYLATE_KEYS = {"query_prefix", "document_prefix", "attend_to_expansion_tokens", "skiplist_words", "do_query_expansion"}
+# Classes of modules.json whose meaning survives at token level; pooling and dropout have none there.
+KNOWN_MODULES = {"Transformer", "Pooling", "Normalize", "Dense", "MultiVectorMask", "Dropout", "ColBERT"}
+# The module of our own, whose file a saved model carries; we never run that file, but our own.
+PROJECTION = "projection.Projection"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that has been found and looked through, without its weights.
+
+    source: folder or Hub name; settings: the config, with what the checkpoint says in place of null where its files say
+    it in words of their own; head: its projection layers, as class and folder.
+    """
+
+    source: str
+    layout: Layout
+    settings: BackboneConfig
+    head: tuple[tuple[str, str], ...]
+
+    @property
+    def has_head(self) -> bool:
+        return self.layout is Layout.stanford or bool(self.head)
+
+
+def read_checkpoint(backbone: BackboneConfig) -> Checkpoint:
+    """Find a backbone, tell its layout, and take its settings for every key that is null.
+
+    Raises ConfigError for all that `locate_backbone` refuses, code that may not run, pickles that may not be read, and
+    a file that is damaged or says what no model can do.
+    """
+    source = locate_backbone(backbone)
+    config = read_json(source, "config.json", backbone)
+    own_code = [
+        str(value) for key, value in (config.get("auto_map") or {}).items() if key in ("AutoConfig", "AutoModel")
+    ]
+    if own_code and not backbone.trust_remote_code:
+        files = sorted({value.split("--")[-1].split(".")[0] for value in own_code})
+        raise ConfigError(
+            f"backbone.name={backbone.name} runs Python code of its own ({', '.join(f'{file}.py' for file in files)}): "
+            "read it, then set backbone.trust_remote_code=true"
+        )
+    modules = _modules(source, backbone)
+    head = tuple((kind, path) for kind, path in modules if kind.endswith(".Dense") or kind == PROJECTION)
+    described = find_file(source, "config_sentence_transformers.json", backbone) is not None
+    saved = read_json(source, "config_sentence_transformers.json", backbone) if described else {}
+    layout = _layout(config, saved, has_modules=bool(modules))
+    _check_pickles(source, ["", *(path for _, path in head)], backbone)
+    for kind, path in head:
+        if kind.endswith(".Dense"):
+            _check_dense(source, path, backbone)
+    positions = positions_of(config)
+    if layout is Layout.stanford:
+        found = find_file(source, "artifact.metadata", backbone) is not None
+        metadata = read_json(source, "artifact.metadata", backbone) if found else {}
+        settings = _stanford(_Reader(f"backbone.name={backbone.name}: artifact.metadata", metadata))
+    elif layout is Layout.pylate:
+        settings = _pylate(_Reader(f"backbone.name={backbone.name}: config_sentence_transformers.json", saved))
+    elif layout is Layout.multi_vector:
+        settings = {}  # the loader has them, in the words of the library itself
+    else:
+        # A default may not ask for more than there is; what a person sets, `locate_backbone` has checked.
+        settings = _pylate(_Reader("", {}))
+        for key in ("query_length", "document_length"):
+            settings[key] = min(settings[key], positions or settings[key])
+        prompts = saved.get("prompts") or {}
+        for key, names in (("query_prefix", ("query",)), ("document_prefix", ("document", "passage", "corpus"))):
+            # Prompts of words stay: None here, since the loader has them and they are no marker of one token.
+            if any(prompts.get(name) for name in names):
+                settings[key] = None
+    own = replace(backbone, **{key: value for key, value in settings.items() if getattr(backbone, key) is None})
+    unattended = own.expansion in (Expansion.fixed, Expansion.min) and not own.attend_to_expansion
+    if own.attention is Attention.flash_attention_2 and unattended:
+        raise ConfigError(
+            "backbone.attention=flash_attention_2 cannot keep unattended expansion tokens apart: "
+            "set backbone.attend_to_expansion=true, backbone.expansion=none or backbone.attention=sdpa"
+        )
+    return Checkpoint(source=source, layout=layout, settings=own, head=head)
+
+
+def _layout(config: dict[str, Any], saved: dict[str, Any], *, has_modules: bool) -> Layout:
+    if saved.get("model_type") == "MultiVectorEncoder":
+        return Layout.multi_vector
+    if saved.get("model_type") == "ColBERT" or PYLATE_KEYS & set(saved):
+        return Layout.pylate
+    if "HF_ColBERT" in (config.get("architectures") or []):
+        return Layout.stanford
+    return Layout.sentence_transformers if has_modules else Layout.plain
+
+
+def _modules(source: str, backbone: BackboneConfig) -> list[tuple[str, str]]:
+    """Class and folder of each entry of modules.json, if there is one."""
+    path = find_file(source, "modules.json", backbone)
+    if path is None:
+        return []
+    entries = read_json(source, "modules.json", backbone, kind=list)
+    modules = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not {"type", "path"} <= set(entry):
+            raise ConfigError(f"backbone.name={backbone.name}: {path} must list modules, each with type and path")
+        kind = str(entry["type"])
+        known = kind.startswith(("sentence_transformers.", "pylate.")) and kind.split(".")[-1] in KNOWN_MODULES
+        if not known and kind != PROJECTION:
+            raise ConfigError(
+                f"backbone.name={backbone.name}: {path} names {kind}, which cannot be moved to token level; "
+                f"known are {', '.join(sorted(KNOWN_MODULES))} of sentence-transformers and PyLate"
+            )
+        modules.append((kind, str(entry["path"])))
+    return modules
+
+
+def _check_pickles(source: str, folders: list[str], backbone: BackboneConfig) -> None:
+    """Refuse weights that lie in pickles alone, unless they are allowed."""
+    if backbone.allow_pickle:
+        return
+    for folder in folders:
+        names = [f"{folder}/{name}".lstrip("/") for name in ("model.safetensors", "model.safetensors.index.json")]
+        pickles = [f"{folder}/{name}".lstrip("/") for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")]
+        if any(find_file(source, name, backbone) for name in names):
+            continue
+        for name in pickles:
+            if find_file(source, name, backbone):
+                raise ConfigError(
+                    f"backbone.name={backbone.name} has its weights in a pickle, {name}, and none in safetensors: "
+                    "a pickle can hold code; backbone.allow_pickle=true reads its tensors and nothing else"
+                )
+
+
+def _check_dense(source: str, folder: str, backbone: BackboneConfig) -> None:
+    """Refuse an activation that the loader would replace or that has arguments nobody saved."""
+    file = f"{folder}/config.json"
+    if find_file(source, file, backbone) is None:
+        raise ConfigError(f"backbone.name={backbone.name}: {file} is missing: is the model complete?")
+    activation = str(read_json(source, file, backbone).get("activation_function", "torch.nn.modules.activation.Tanh"))
+    known = {choice.value for choice in Activation}
+    if not activation.startswith("torch.nn.") or activation.split(".")[-1] not in known:
+        raise ConfigError(
+            f"backbone.name={backbone.name}: {file}: activation_function={activation} is none of torch.nn's "
+            f"{', '.join(sorted(known))}: drop the layer with head.keep=none or the number of layers before it"
+        )
+
+
+class _Reader:
+    """Typed values of a JSON object, with strings for booleans and numbers tolerated, as published files have them."""
+
+    def __init__(self, place: str, values: dict[str, Any]) -> None:
+        self._place = place
+        self._values = values
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        words = {"true": True, "false": False, "1": True, "0": False}
+        if isinstance(value, bool | int | str) and (word := str(value).lower()) in words:
+            return words[word]
+        raise self._wrong(key, value, "true or false")
+
+    def length(self, key: str, default: int) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+            raise self._wrong(key, value, "a whole number above 0")
+        return int(value)
+
+    def text(self, key: str, default: str) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a text")
+        return value
+
+    def texts(self, key: str, default: list[str]) -> list[str]:
+        value = self._get(key, default)
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise self._wrong(key, value, "a list of texts")
+        return list(value)
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def _wrong(self, key: str, value: object, rule: str) -> ConfigError:
+        return ConfigError(f"{self._place}: {key}={value!r} must be {rule}: mend the file, or download it again")
+
+
+def _pylate(saved: _Reader) -> dict[str, Any]:
+    """Settings of a PyLate model; what it leaves out, and any model that states none, has PyLate's defaults."""
+    return {
+        "query_length": saved.length("query_length", 32),
+        "document_length": saved.length("document_length", 180),
+        "query_prefix": saved.text("query_prefix", "[Q] "),
+        "document_prefix": saved.text("document_prefix", "[D] "),
+        "expansion": Expansion.fixed if saved.boolean("do_query_expansion", True) else Expansion.none,
+        "attend_to_expansion": saved.boolean("attend_to_expansion_tokens", False),
+        "skiplist": saved.texts("skiplist_words", list(string.punctuation)),
+        "skiplist_sides": [Side.document],
+    }
+
+
+def _stanford(metadata: _Reader) -> dict[str, Any]:
+    """Settings of a Stanford ColBERT, with the defaults of its own ColBERTConfig; queries are always filled."""
+    return {
+        "query_length": metadata.length("query_maxlen", 32),
+        "document_length": metadata.length("doc_maxlen", 220),
+        "query_prefix": metadata.text("query_token_id", "[unused0]"),
+        "document_prefix": metadata.text("doc_token_id", "[unused1]"),
+        "expansion": Expansion.fixed,
+        "attend_to_expansion": metadata.boolean("attend_to_mask_tokens", False),
+        "skiplist": list(string.punctuation) if metadata.boolean("mask_punctuation", True) else [],
+        "skiplist_sides": [Side.document],
+    }
