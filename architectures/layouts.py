@@ -6,6 +6,7 @@ Light on purpose: neither torch nor transformers is imported, so a damaged or fo
 import string
 from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from architectures.weights import find_file, locate_backbone, positions_of, read_json
@@ -138,6 +139,9 @@ def _check_pickles(source: str, folders: list[str], backbone: BackboneConfig) ->
     """Refuse weights that lie in pickles alone, unless they are allowed."""
     if backbone.allow_pickle:
         return
+    if not Path(source).is_dir():
+        # Those of a backbone on the Hub are fetched once all else is checked; the loader is told to take no pickle.
+        folders = [folder for folder in folders if folder]
     for folder in folders:
         names = [f"{folder}/{name}".lstrip("/") for name in ("model.safetensors", "model.safetensors.index.json")]
         pickles = [f"{folder}/{name}".lstrip("/") for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")]

