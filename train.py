@@ -78,7 +78,7 @@ def _hydra(arguments: list[str]) -> None:
 def own_settings(arguments: list[str]) -> list[str]:
     """The arguments, where a backbone that is named without its preset brings its own settings, not the default's."""
     keys = {argument.partition("=")[0].lstrip("+") for argument in arguments}
-    return ["backbone=checkpoint", *arguments] if "backbone.name" in keys and "backbone" not in keys else arguments
+    return [*arguments, "backbone=checkpoint"] if "backbone.name" in keys and "backbone" not in keys else arguments
 
 
 def _task(composed: DictConfig) -> float | None:
