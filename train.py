@@ -77,8 +77,12 @@ def _hydra(arguments: list[str]) -> None:
 
 def own_settings(arguments: list[str]) -> list[str]:
     """The arguments, where a backbone that is named without its preset brings its own settings, not the default's."""
-    keys = {argument.partition("=")[0].lstrip("+") for argument in arguments}
-    return [*arguments, "backbone=checkpoint"] if "backbone.name" in keys and "backbone" not in keys else arguments
+    keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
+    if "backbone.name" not in keys or "backbone" in keys:
+        return arguments
+    # Beside the name: Hydra's parser takes overrides in one row, before the flags or behind them.
+    place = keys.index("backbone.name")
+    return [*arguments[:place], "backbone=checkpoint", *arguments[place:]]
 
 
 def _task(composed: DictConfig) -> float | None:
@@ -264,7 +268,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
         check_teacher(config, data, query_length=checkpoint.settings.query_length)
         choose_maxsim(config, accelerator.device)
         set_seed(config.seed)
-        encoder = build_encoder(config.backbone, config.head)
+        encoder = build_encoder(config.backbone, config.head, checkpoint=checkpoint)
         check_encoder(config, encoder)
         backend = choose_maxsim(config, accelerator.device, encoder)
         width = encoder.get_embedding_dimension()
@@ -301,6 +305,8 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
                 console=console,
             )
             result["maxsim"] = backend
+            folder.write_result(result)
+            tracker.finish(result)
             command = shlex.join(["python", "train.py", *sys.argv[1:]])
             for path in {result["model"], (result["best"] or result)["model"]}:
                 card = model_card(
@@ -313,8 +319,6 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
                     best=path != result["model"],
                 )
                 folder.write_card(Path(path).name, card)
-            folder.write_result(result)
-            tracker.finish(result)
         print_end(console, result, loading=next(iter(loading_lines(encoder, result["model"]).values())))
     except TrainingError as error:
         return _fail(str(error), status=1)

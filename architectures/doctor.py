@@ -78,12 +78,10 @@ def _linearity(layers: list[HeadModule], trained: int) -> str:
     rows, columns = weight.shape
     size = weight.numel() + (0 if bias is None else bias.numel())
     # A map through a narrow layer reaches fewer directions than its two widths suggest.
-    rank = int(torch.linalg.matrix_rank(weight.double()))
+    rank = int(torch.linalg.matrix_rank(weight.float()))
     narrow = f" of rank {rank}" if rank < min(weight.shape) else ""
-    return (
-        f"{kind} in disguise: it folds to one {columns} -> {rows} matrix{narrow} of {size:,} parameters, "
-        f"{trained / size:.3g} times fewer"
-    )
+    fewer = f", {trained / size:.3g} times fewer" if trained > size else ""
+    return f"{kind} in disguise: it folds to one {columns} -> {rows} matrix{narrow} of {size:,} parameters{fewer}"
 
 
 def _residuals(layers: list[HeadModule]) -> Iterator[str]:

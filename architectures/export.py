@@ -16,8 +16,9 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from transformers import PreTrainedTokenizerBase
 
-from architectures.heads import as_dense, describe_extras, fold, head_of, is_linear, portable, replace_head
+from architectures.heads import as_dense, describe_extras, head_of, is_linear, portable, replace_head
 from architectures.projection import Projection
+from architectures.weights import positions_of
 
 
 class Format(Enum):
@@ -63,9 +64,9 @@ def loading_lines(encoder: MultiVectorEncoder, folder: str) -> dict[str, str]:
     own, *others = Format
     lines = {own.value: how_to_load(own, folder, trust=runs_own_code(encoder))}
     for layout in others:
-        command = f"# after python scripts/export.py model={folder} format={layout.name}\n"
-        reason = obstacle(encoder, layout)
-        trust = runs_own_code(encoder, layout)
+        reason, trust = obstacle(encoder, layout), runs_own_code(encoder, layout)
+        command = f"# after python scripts/export.py model={folder} format={layout.name}"
+        command += " trust_remote_code=true\n" if trust else "\n"
         lines[layout.value] = (
             f"cannot hold it: {reason}"
             if reason
@@ -152,7 +153,7 @@ def _stanford_obstacle(encoder: MultiVectorEncoder, library: str) -> str | None:
     layers = head_of(encoder)
     if not is_linear(layers):
         return f"its head is no linear map, and {library} has one bias-free linear layer"
-    if fold(layers)[1] is not None:
+    if any(layer.linear.bias is not None for layer in layers):
         return f"its head has a bias, and {library} has one bias-free linear layer"
     if len(layers) > 1 or layers[0].use_residual:
         return f"its head is one linear map in several layers, and {library} has one layer: fold=true writes it as one"
@@ -160,16 +161,26 @@ def _stanford_obstacle(encoder: MultiVectorEncoder, library: str) -> str | None:
         return f"its queries are not filled with mask tokens, and {library} always fills them"
     if not all(encoder.prompts.get(side) for side in ("query", "document")):
         return f"it has no prefix on each side, and {library} always puts one"
+    if tokenizer.mask_token is None:
+        return f"its tokenizer has no mask token, with which {library} fills queries"
+    if not mask.skiplist_words:
+        return (
+            f"it scores every token of a document, and {library} fails to encode documents with mask_punctuation=false"
+        )
     skipped = {tokenizer.convert_tokens_to_ids(word) for word in mask.skiplist_words}
     punctuation = {tokenizer.encode(symbol, add_special_tokens=False)[0] for symbol in string.punctuation}
     # A mark outside the vocabulary is its unknown token, which skiplists leave alone.
-    if skipped and skipped != punctuation - {tokenizer.unk_token_id}:
-        return f"its skiplist is not the 32 punctuation marks, and {library} skips those or none"
-    if punctuation & {tokenizer.unk_token_id} and skipped:
+    if skipped != punctuation - {tokenizer.unk_token_id}:
+        return f"its skiplist is not the 32 punctuation marks, which {library} skips"
+    if tokenizer.unk_token_id in punctuation:
         return f"its vocabulary lacks punctuation marks, for which {library} would skip every unknown token"
-    if type(transformer.model).__name__ not in dir(transformers) and not getattr(
-        transformer.model.config, "auto_map", None
-    ):
+    config = transformer.model.config
+    # It puts a class together from two names, and takes bert-base-uncased where it finds none.
+    names, kind = {name.lower() for name in dir(transformers)}, config.model_type.replace("-", "").lower()
+    known = type(transformer.model).__name__.lower() == f"{kind}model" in names and (
+        f"{kind}pretrainedmodel" in names or kind == "xlmroberta"
+    )
+    if not known and not getattr(config, "auto_map", None):
         return f"{library} finds no class {type(transformer.model).__name__} in transformers"
     return None
 
@@ -178,8 +189,8 @@ def _longest(transformer: Transformer, length: int | None) -> int:
     """The length of a side, which these libraries state for every model."""
     assert transformer.tokenizer is not None
     most = transformer.max_seq_length or transformer.tokenizer.model_max_length
-    positions = getattr(transformer.model.config, "max_position_embeddings", None) or most
-    return int(min(length or most, positions, most))
+    positions = positions_of(transformer.model.config.to_dict()) or most
+    return int(min(length or most, positions))
 
 
 def _prefix_token(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -198,6 +209,23 @@ def _write_backbone(transformer: Transformer, folder: Path) -> None:
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     _write_json(path, settings)
+    _write_json(
+        folder / "config.json", _with_rope_of_old(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    )
+
+
+def _with_rope_of_old(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the bases of rotary positions under the names that transformers 4 reads, too: it takes its
+    defaults otherwise."""
+    rope = config.get("rope_parameters") or {}
+    names = {
+        "modernbert": {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"},
+        "gemma3_text": {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"},
+    }.get(config.get("model_type", ""), {})
+    old = {name: rope[kind]["rope_theta"] for kind, name in names.items() if kind in rope}
+    if "rope_theta" in rope:
+        old["rope_theta"] = rope["rope_theta"]
+    return config | old
 
 
 def _write_pylate(encoder: MultiVectorEncoder, folder: Path) -> None:
@@ -242,7 +270,7 @@ def _write_pylate(encoder: MultiVectorEncoder, folder: Path) -> None:
 
 
 def _write_stanford(encoder: MultiVectorEncoder, folder: Path) -> None:
-    transformer, tokenizer, mask = _parts(encoder)
+    transformer, tokenizer, _ = _parts(encoder)
     _write_backbone(transformer, folder)
     (dense,) = (as_dense(layer) for layer in head_of(encoder))
     prefix = transformer.model.base_model_prefix
@@ -263,7 +291,7 @@ def _write_stanford(encoder: MultiVectorEncoder, folder: Path) -> None:
         "doc_token_id": _prefix_token(tokenizer, encoder.prompts["document"] or ""),
         "query_token": "[Q]",
         "doc_token": "[D]",
-        "mask_punctuation": bool(mask.skiplist_words),
+        "mask_punctuation": True,
         "attend_to_mask_tokens": expansion["attend"],
         "similarity": "cosine",
         "interaction": "colbert",

@@ -2,7 +2,9 @@
 
 import inspect
 import logging
+from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,9 +24,9 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from architectures.heads import build_head, head_of
-from architectures.layouts import PROJECTION, Checkpoint, read_checkpoint
+from architectures.layouts import PROJECTION, Checkpoint, Layout, read_checkpoint
 from architectures.projection import Projection
-from configs.schema import Attention, BackboneConfig, ConfigError, HeadConfig, Side
+from configs.schema import Attention, BackboneConfig, ConfigError, HeadConfig
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +34,22 @@ logger = logging.getLogger(__name__)
 PROBE = "what is a cat"
 
 
-def build_encoder(backbone: BackboneConfig, head: HeadConfig) -> MultiVectorEncoder:
+def build_encoder(
+    backbone: BackboneConfig, head: HeadConfig, *, checkpoint: Checkpoint | None = None
+) -> MultiVectorEncoder:
     """Load the backbone and put the head on it.
 
+    checkpoint: what `read_checkpoint` says of the backbone, where it has been asked already.
     New layers and tokens are drawn from torch's random state, layers from head.seed where there is one: seed it before.
     Weights are float32, on the CPU.
     Raises ConfigError for all that `read_checkpoint` refuses, weights that are not all there, layers that do not fit
     and a prefix that is not one token.
     """
-    checkpoint = read_checkpoint(backbone)
-    backbone = checkpoint.settings
+    checkpoint = checkpoint or read_checkpoint(backbone)
+    asked, backbone = backbone, checkpoint.settings
     loaded = _load(checkpoint)
-    transformer, mask = loaded[0], next(module for module in loaded if isinstance(module, MultiVectorMask))
+    transformer = loaded[0]
+    mask = next((module for module in loaded if isinstance(module, MultiVectorMask)), MultiVectorMask())
     assert isinstance(transformer, Transformer), "the loader puts the backbone first"
     tokenizer = transformer.tokenizer
     assert tokenizer is not None, "a text backbone has a tokenizer"
@@ -52,17 +58,29 @@ def build_encoder(backbone: BackboneConfig, head: HeadConfig) -> MultiVectorEnco
     own_layers = head_of(loaded) if checkpoint.has_head else []
     width = transformer.get_embedding_dimension()
     layers = build_head(head, own_layers, width)
+    for index, problem in checkpoint.unusable.items():
+        if own_layers[index] in layers:
+            raise ConfigError(problem)
     _set_lengths(transformer, backbone)
+    if checkpoint.layout is Layout.stanford and asked.skiplist is None:
+        backbone = replace(backbone, skiplist=_as_stanford_skips(tokenizer, backbone.skiplist or []))
     if backbone.skiplist is not None or backbone.skiplist_sides is not None:
-        mask = _build_mask(tokenizer, mask, backbone)
+        mask = _build_mask(tokenizer, mask, backbone, warn=asked.skiplist is not None)
     if backbone.attention is Attention.flash_attention_2:
-        transformer.unpad_inputs = False  # a batch is cut into chunks from its padded form
+        _set_flash_attention(transformer)
     prompts = {side: prompt or "" for side, prompt in loaded.prompts.items()}
     if not prompts.get("document"):  # other names for it, as the library has them
         prompts["document"] = next(filter(None, (prompts.get(name) for name in ("passage", "corpus"))), "")
+    markers = _add_prefixes(transformer.model, tokenizer, backbone)
+    for side, own_prefix in (("query", asked.query_prefix), ("document", asked.document_prefix)):
+        if own_prefix is None and side in markers and checkpoint.layout is Layout.pylate:
+            # PyLate puts its prefix before a prompt of words, where a model has both.
+            prefix = (backbone.query_prefix if side == "query" else backbone.document_prefix) or ""
+            markers[side] += prompts.get(side, "").removeprefix(prefix)
     encoder = MultiVectorEncoder(
         modules=[transformer, *layers, mask, Normalize(module_input_name="token_embeddings")],
-        prompts=prompts | _add_prefixes(transformer.model, tokenizer, backbone),
+        prompts=prompts | markers,
+        default_prompt_name=loaded.default_prompt_name,
         similarity_fn_name=loaded.similarity_fn_name,
         device="cpu",
     )
@@ -88,10 +106,23 @@ def _load(checkpoint: Checkpoint) -> MultiVectorEncoder:
             loaded = MultiVectorEncoder._load_with_module_classes(source, {PROJECTION: Projection}, **options)
         else:
             loaded = MultiVectorEncoder(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        problem = f"backbone.name={backbone.name} cannot be loaded ({reason})"
-        raise ConfigError(f"{problem}: is the model complete, and of a kind that transformers knows?") from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
+        reason = " ".join((str(error).strip() or type(error).__name__).split("\n")[:2])
+        problem = f"backbone.name={backbone.name} cannot be loaded ({' '.join(reason.split())})"
+        remedy = "is the model complete, and of a kind that transformers knows?"
+        if not backbone.allow_pickle and "model.safetensors" in reason:
+            remedy += " If its weights are pickles alone, backbone.allow_pickle=true reads their tensors."
+        raise ConfigError(f"{problem}: {remedy}") from error
     transformer = loaded[0]
     assert isinstance(transformer, Transformer), "the loader puts the backbone first"
     missing = _not_loaded(transformer.model)
@@ -115,7 +146,14 @@ def _loading_options(source: str, backbone: BackboneConfig) -> tuple[dict[str, A
         source, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
     )
     # A checkpoint stored in half precision would otherwise be trained in it.
-    model_kwargs: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": backbone.attention.name}
+    # FlashAttention is set at the end: the library refuses it beside an expansion that a key may yet replace.
+    flash = backbone.attention is Attention.flash_attention_2
+    model_kwargs: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attn_implementation": Attention.sdpa.name if flash else backbone.attention.name,
+        # Said outright, as the checkpoint's own files may ask for less.
+        "weights_only": True,
+    }
     if not backbone.allow_pickle:
         model_kwargs["use_safetensors"] = True
     model_class = _model_class(source, config, backbone)
@@ -137,10 +175,23 @@ def _model_class(source: str, config: PretrainedConfig, backbone: BackboneConfig
     return MODEL_MAPPING[type(config)]
 
 
+def _set_flash_attention(transformer: Transformer) -> None:
+    try:
+        transformer.model.set_attn_implementation(Attention.flash_attention_2.name)
+    except (ImportError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"backbone.attention=flash_attention_2 cannot run ({reason}): install flash-attn, or use sdpa"
+        ) from error
+    transformer.unpad_inputs = False  # a batch is cut into chunks from its padded form
+
+
 def _set_lengths(transformer: Transformer, backbone: BackboneConfig) -> None:
     if backbone.document_length is not None:
         transformer.document_length = backbone.document_length
-    own = transformer.query_expansion
+    if backbone.query_length is None and backbone.expansion is None and backbone.attend_to_expansion is None:
+        return
+    own, own_cap = transformer.query_expansion, transformer.query_length
     length = backbone.query_length or (own["length"] if own else transformer.query_length)
     strategy: str = own["strategy"] if own else "none"
     attend = own["attend"] if own else False
@@ -166,19 +217,31 @@ def _set_lengths(transformer: Transformer, backbone: BackboneConfig) -> None:
         }
     if strategy != "min":
         transformer.query_length = length
+    elif backbone.query_length is None:
+        transformer.query_length = own_cap
 
 
-def _build_mask(tokenizer: PreTrainedTokenizerBase, own: MultiVectorMask, backbone: BackboneConfig) -> MultiVectorMask:
-    """Mask of the tokens that are scored; words outside the vocabulary would mask every unknown token, so they go."""
+def _as_stanford_skips(tokenizer: PreTrainedTokenizerBase, marks: list[str]) -> list[str]:
+    """The first token of each mark typed alone, which is another than the mark where words begin with one of their own,
+    as in SentencePiece; unknown marks are left out, or every unknown token would go with them."""
+    first = [tokenizer.tokenize(mark)[0] for mark in marks]
+    return [token for token in dict.fromkeys(first) if token != tokenizer.unk_token]
+
+
+def _build_mask(
+    tokenizer: PreTrainedTokenizerBase, own: MultiVectorMask, backbone: BackboneConfig, *, warn: bool
+) -> MultiVectorMask:
+    """Mask of the tokens that are scored; words outside the vocabulary would mask every unknown token, so they go.
+
+    warn: whether they were asked for.
+    """
     words = own.skiplist_words if backbone.skiplist is None else backbone.skiplist
     sides = own.skiplist_tasks
     if backbone.skiplist_sides is not None:
         sides = [side.name for side in backbone.skiplist_sides]
-    elif backbone.skiplist is not None:
-        sides = [Side.document.name]
     vocabulary = tokenizer.get_vocab()
     known = [word for word in words if word in vocabulary]
-    if dropped := [word for word in words if word not in vocabulary]:
+    if (dropped := [word for word in words if word not in vocabulary]) and warn:
         logger.warning("backbone.skiplist: dropped %s, no single tokens of this vocabulary", " ".join(dropped))
     return MultiVectorMask(known, skiplist_tasks=sides, keep_only_token_ids=own.keep_only_token_ids)
 
@@ -195,6 +258,11 @@ def _add_prefixes(
         prompts[side] = prefix
         if not prefix:
             continue
+        if len(prefix.split()) != 1:
+            raise ConfigError(
+                f"backbone.{side}_prefix={prefix!r} must be one token, without a space within: "
+                "use a marker such as '[Q] ' or an empty text"
+            )
         # A marker that the vocabulary holds but text never gives, such as [unused0], is taken as it is.
         word = prefix.strip()
         is_marker = word in tokenizer.added_tokens_encoder or tokenizer.tokenize(word) != [word]

@@ -151,13 +151,14 @@ def fold(layers: Sequence[HeadModule]) -> tuple[Tensor, Tensor | None]:
     """
     if not layers or not is_linear(layers):
         raise ValueError("only a head without activations, gates and norms folds to one linear map")
-    weight = torch.eye(layers[0].in_features, dtype=torch.float64)
-    bias, biased = torch.zeros(layers[0].in_features, dtype=torch.float64), False
+    device = layers[0].linear.weight.device
+    weight = torch.eye(layers[0].in_features, dtype=torch.float64, device=device)
+    bias, biased = torch.zeros(layers[0].in_features, dtype=torch.float64, device=device), False
     for layer in layers:
         step = layer.linear.weight.detach().double()
         if layer.use_residual:
             equal = layer.in_features == layer.out_features
-            step = step + (torch.eye(layer.in_features) if equal else layer.residual.weight.detach()).double()
+            step = step + (torch.eye(layer.in_features, device=device) if equal else layer.residual.weight.detach())
         weight, bias = step @ weight, step @ bias
         if layer.linear.bias is not None:
             bias, biased = bias + layer.linear.bias.detach().double(), True

@@ -9,8 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from architectures.weights import find_file, locate_backbone, positions_of, read_json
-from configs.schema import Activation, Attention, BackboneConfig, ConfigError, Expansion, Side
+from architectures.weights import check_lengths, find_file, locate_backbone, positions_of, read_json
+from configs.schema import Activation, Attention, BackboneConfig, ConfigError, Expansion, Norm, Side
 
 
 class Layout(Enum):
@@ -36,13 +36,15 @@ class Checkpoint:
     """A checkpoint that has been found and looked through, without its weights.
 
     source: folder or Hub name; settings: the config, with what the checkpoint says in place of null where its files say
-    it in words of their own; head: its projection layers, as class and folder.
+    it in words of their own; head: its projection layers, as class and folder; unusable: by index of such a layer, why
+    it cannot be kept.
     """
 
     source: str
     layout: Layout
     settings: BackboneConfig
     head: tuple[tuple[str, str], ...]
+    unusable: dict[int, str]
 
     @property
     def has_head(self) -> bool:
@@ -57,51 +59,75 @@ def read_checkpoint(backbone: BackboneConfig) -> Checkpoint:
     """
     source = locate_backbone(backbone)
     config = read_json(source, "config.json", backbone)
-    own_code = [
-        str(value) for key, value in (config.get("auto_map") or {}).items() if key in ("AutoConfig", "AutoModel")
-    ]
-    if own_code and not backbone.trust_remote_code:
-        files = sorted({value.split("--")[-1].split(".")[0] for value in own_code})
-        raise ConfigError(
-            f"backbone.name={backbone.name} runs Python code of its own ({', '.join(f'{file}.py' for file in files)}): "
-            "read it, then set backbone.trust_remote_code=true"
-        )
+    _check_code(config, backbone)
     modules = _modules(source, backbone)
     head = tuple((kind, path) for kind, path in modules if kind.endswith(".Dense") or kind == PROJECTION)
-    described = find_file(source, "config_sentence_transformers.json", backbone) is not None
-    saved = read_json(source, "config_sentence_transformers.json", backbone) if described else {}
+    saved = _read(source, "config_sentence_transformers.json", backbone)
     layout = _layout(config, saved, has_modules=bool(modules))
     _check_pickles(source, ["", *(path for _, path in head)], backbone)
-    for kind, path in head:
-        if kind.endswith(".Dense"):
-            _check_dense(source, path, backbone)
+    unusable = {}
+    for index, (kind, path) in enumerate(head):
+        check = _projection_problem if kind == PROJECTION else _dense_problem
+        if problem := check(source, path, backbone):
+            unusable[index] = problem
+    if layout is Layout.multi_vector and not any(kind.endswith(".Normalize") for kind, _ in modules):
+        raise ConfigError(
+            f"backbone.name={backbone.name}: modules.json has no Normalize: its vectors are of any length, and those "
+            "trained here are of unit length"
+        )
     positions = positions_of(config)
-    if layout is Layout.stanford:
-        found = find_file(source, "artifact.metadata", backbone) is not None
-        metadata = read_json(source, "artifact.metadata", backbone) if found else {}
-        settings = _stanford(_Reader(f"backbone.name={backbone.name}: artifact.metadata", metadata))
-    elif layout is Layout.pylate:
-        settings = _pylate(_Reader(f"backbone.name={backbone.name}: config_sentence_transformers.json", saved))
-    elif layout is Layout.multi_vector:
-        settings = {}  # the loader has them, in the words of the library itself
-    else:
-        # A default may not ask for more than there is; what a person sets, `locate_backbone` has checked.
-        settings = _pylate(_Reader("", {}))
-        for key in ("query_length", "document_length"):
-            settings[key] = min(settings[key], positions or settings[key])
-        prompts = saved.get("prompts") or {}
-        for key, names in (("query_prefix", ("query",)), ("document_prefix", ("document", "passage", "corpus"))):
-            # Prompts of words stay: None here, since the loader has them and they are no marker of one token.
-            if any(prompts.get(name) for name in names):
-                settings[key] = None
-    own = replace(backbone, **{key: value for key, value in settings.items() if getattr(backbone, key) is None})
-    unattended = own.expansion in (Expansion.fixed, Expansion.min) and not own.attend_to_expansion
-    if own.attention is Attention.flash_attention_2 and unattended:
+    match layout:
+        case Layout.stanford:
+            metadata = _read(source, "artifact.metadata", backbone)
+            own = _stanford(_Reader(f"backbone.name={backbone.name}: artifact.metadata", metadata, positions))
+        case Layout.multi_vector:
+            own = {}  # the loader has them, in the words of the library itself
+        case Layout.pylate | Layout.sentence_transformers | Layout.plain:
+            file = f"backbone.name={backbone.name}: config_sentence_transformers.json"
+            own = _pylate(_Reader(file, saved if layout is Layout.pylate else {}, positions))
+            if layout is not Layout.pylate:
+                own |= _prompts_of_words(_Reader(file, saved, positions))
+    given = {key: value for key, value in own.items() if getattr(backbone, key) is None}
+    settings = replace(backbone, **given)
+    check_lengths(settings, positions)
+    _check_attention(settings, _read(source, "sentence_bert_config.json", backbone).get("query_expansion"))
+    return Checkpoint(source=source, layout=layout, settings=settings, head=head, unusable=unusable)
+
+
+def _read(source: str, filename: str, backbone: BackboneConfig) -> dict[str, Any]:
+    """The object that a file holds, empty where there is no such file."""
+    found: dict[str, Any] = {}
+    if find_file(source, filename, backbone) is not None:
+        found = read_json(source, filename, backbone)
+    return found
+
+
+def _check_code(config: dict[str, Any], backbone: BackboneConfig) -> None:
+    """Refuse a backbone of its own code, unless that may run."""
+    code = _Reader(f"backbone.name={backbone.name}: config.json", config, None).mapping("auto_map")
+    files = set()
+    for key in {"AutoConfig", "AutoModel"} & set(code):
+        repository, _, name = str(code[key]).rpartition("--")
+        files.add(f"{name.split('.')[0]}.py" + (f" of {repository}" if repository else ""))
+    if files and not backbone.trust_remote_code:
+        raise ConfigError(
+            f"backbone.name={backbone.name} runs Python code of its own ({', '.join(sorted(files))}): "
+            "read it, then set backbone.trust_remote_code=true"
+        )
+
+
+def _check_attention(settings: BackboneConfig, saved: dict[str, Any] | None) -> None:
+    """saved: the query_expansion of a sentence-transformers 6 model."""
+    expands, attends = settings.expansion in (Expansion.fixed, Expansion.min), settings.attend_to_expansion
+    if settings.expansion is None:
+        expands = saved is not None
+    if attends is None:
+        attends = bool(saved and saved.get("attend"))
+    if settings.attention is Attention.flash_attention_2 and expands and not attends:
         raise ConfigError(
             "backbone.attention=flash_attention_2 cannot keep unattended expansion tokens apart: "
             "set backbone.attend_to_expansion=true, backbone.expansion=none or backbone.attention=sdpa"
         )
-    return Checkpoint(source=source, layout=layout, settings=own, head=head)
 
 
 def _layout(config: dict[str, Any], saved: dict[str, Any], *, has_modules: bool) -> Layout:
@@ -155,26 +181,49 @@ def _check_pickles(source: str, folders: list[str], backbone: BackboneConfig) ->
                 )
 
 
-def _check_dense(source: str, folder: str, backbone: BackboneConfig) -> None:
-    """Refuse an activation that the loader would replace or that has arguments nobody saved."""
+def _dense_problem(source: str, folder: str, backbone: BackboneConfig) -> str | None:
+    """Why a Dense cannot be kept: an activation that the loader would replace, or that has arguments nobody saved.
+
+    Raises ConfigError for a config that no Dense can have.
+    """
+    file, layer = _layer_config(source, folder, backbone)
+    activation = layer.text("activation_function", "torch.nn.modules.activation.Tanh")
+    known = {choice.value for choice in Activation}
+    if activation.startswith("torch.nn.") and activation.split(".")[-1] in known:
+        return None
+    return (
+        f"backbone.name={backbone.name}: {file}: activation_function={activation} is none of torch.nn's "
+        f"{', '.join(sorted(known))}: drop the layer with head.keep=none or the number of layers before it"
+    )
+
+
+def _projection_problem(source: str, folder: str, backbone: BackboneConfig) -> None:
+    """Raise ConfigError for a config that no Projection of ours can have."""
+    _, layer = _layer_config(source, folder, backbone)
+    layer.choice("activation", [choice.value for choice in Activation])
+    layer.choice("norm", [choice.value for choice in Norm])
+
+
+def _layer_config(source: str, folder: str, backbone: BackboneConfig) -> tuple[str, "_Reader"]:
     file = f"{folder}/config.json"
     if find_file(source, file, backbone) is None:
         raise ConfigError(f"backbone.name={backbone.name}: {file} is missing: is the model complete?")
-    activation = str(read_json(source, file, backbone).get("activation_function", "torch.nn.modules.activation.Tanh"))
-    known = {choice.value for choice in Activation}
-    if not activation.startswith("torch.nn.") or activation.split(".")[-1] not in known:
-        raise ConfigError(
-            f"backbone.name={backbone.name}: {file}: activation_function={activation} is none of torch.nn's "
-            f"{', '.join(sorted(known))}: drop the layer with head.keep=none or the number of layers before it"
-        )
+    layer = _Reader(f"backbone.name={backbone.name}: {file}", read_json(source, file, backbone), None)
+    for key in ("in_features", "out_features"):
+        layer.length(key, 0)
+    return file, layer
 
 
 class _Reader:
-    """Typed values of a JSON object, with strings for booleans and numbers tolerated, as published files have them."""
+    """Typed values of a JSON object, with strings for booleans tolerated, as published files have them.
 
-    def __init__(self, place: str, values: dict[str, Any]) -> None:
+    positions: what no default of a length exceeds; None where there is no limit.
+    """
+
+    def __init__(self, place: str, values: dict[str, Any], positions: int | None) -> None:
         self._place = place
         self._values = values
+        self._positions = positions
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
@@ -184,10 +233,14 @@ class _Reader:
         raise self._wrong(key, value, "true or false")
 
     def length(self, key: str, default: int) -> int:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+        value = self._get(key, min(default, self._positions or default))
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self._wrong(key, value, "a whole number above 0")
-        return int(value)
+        return value
+
+    def choice(self, key: str, among: list[str]) -> None:
+        if (value := self._values.get(key)) not in among:
+            raise self._wrong(key, value, f"one of {', '.join(among)}")
 
     def text(self, key: str, default: str) -> str:
         value = self._get(key, default)
@@ -200,6 +253,12 @@ class _Reader:
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise self._wrong(key, value, "a list of texts")
         return list(value)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        value = self._get(key, {})
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, "an object")
+        return value
 
     def _get(self, key: str, default: Any) -> Any:
         value = self._values.get(key)
@@ -221,6 +280,14 @@ def _pylate(saved: _Reader) -> dict[str, Any]:
         "skiplist": saved.texts("skiplist_words", list(string.punctuation)),
         "skiplist_sides": [Side.document],
     }
+
+
+def _prompts_of_words(saved: _Reader) -> dict[str, None]:
+    """The prefixes that a sentence-transformers model has as words. These stay, so no marker of one token is set: None
+    leaves them to the loader."""
+    prompts = saved.mapping("prompts")
+    sides = {"query_prefix": ("query",), "document_prefix": ("document", "passage", "corpus")}
+    return {key: None for key, names in sides.items() if any(prompts.get(name) for name in names)}
 
 
 def _stanford(metadata: _Reader) -> dict[str, Any]:

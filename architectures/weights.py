@@ -31,12 +31,7 @@ def locate_backbone(backbone: BackboneConfig) -> str:
     Raises ConfigError for a name that is nothing, a length beyond the positions, or weights with another SHA-256.
     """
     source = _source(backbone)
-    positions = positions_of(read_json(source, "config.json", backbone))
-    for key, length in (("query_length", backbone.query_length), ("document_length", backbone.document_length)):
-        if positions is not None and length is not None and length > positions:
-            raise ConfigError(
-                f"backbone.{key}={length} exceeds the backbone's {positions} positions: set {positions} or less"
-            )
+    check_lengths(backbone, positions_of(read_json(source, "config.json", backbone)))
     if Path(source).is_dir() and not any(Path(source, file).is_file() for file in TOKENIZER_FILES):
         # transformers would make one that knows no word.
         raise ConfigError(f"backbone.name={backbone.name} has no tokenizer: one of {', '.join(TOKENIZER_FILES)}")
@@ -62,6 +57,15 @@ def _source(backbone: BackboneConfig) -> str:
     return name
 
 
+def check_lengths(backbone: BackboneConfig, positions: int | None) -> None:
+    """Raise ConfigError for a length beyond the positions, None where there is no limit."""
+    for key, length in (("query_length", backbone.query_length), ("document_length", backbone.document_length)):
+        if positions is not None and length is not None and length > positions:
+            raise ConfigError(
+                f"backbone.{key}={length} exceeds the backbone's {positions} positions: set {positions} or less"
+            )
+
+
 def read_json(source: str, filename: str, backbone: BackboneConfig, *, kind: type = dict) -> Any:
     """The object, or the list, that a file of the backbone holds."""
     path = _file(source, filename, backbone)
@@ -83,25 +87,14 @@ def find_file(source: str, filename: str, backbone: BackboneConfig) -> Path | No
     if Path(source).is_dir():
         path = Path(source, filename)
         return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(source, filename, revision=backbone.revision))
-    except EntryNotFoundError:  # also what an unreachable Hub raises for a file that the cache does not know
-        return None
-
-
-def _file(source: str, filename: str, backbone: BackboneConfig) -> Path:
-    """A file of the backbone, fetched from the Hub where the source is no folder."""
-    if Path(source).is_dir():
-        path = Path(source, filename)
-        if not path.is_file():
-            raise ConfigError(f"backbone.name={backbone.name}: the folder has no {filename}")
-        return path
     # Imported here: a local run needs no network library.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # one line of ours instead of one a retry
@@ -112,11 +105,25 @@ def _file(source: str, filename: str, backbone: BackboneConfig) -> Path:
         return Path(hf_hub_download(source, filename, revision=backbone.revision))
     except HFValidationError as error:
         raise ConfigError(f"backbone.name={backbone.name}{rule}: check the spelling") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        known = try_to_load_from_cache(source, filename, revision=backbone.revision)
+        remembered = known is not None and not isinstance(known, str)
+        # Without a network only the cache can tell that there is none; guessed, a ColBERT would lose its head.
+        if isinstance(error, EntryNotFoundError) and (remembered or not isinstance(error, LocalEntryNotFoundError)):
+            return None
         reason = type(error).__name__
         raise ConfigError(
             f"backbone.name={backbone.name}{rule} ({filename}: {reason}): check the spelling, the network and HF_TOKEN"
         ) from error
+
+
+def _file(source: str, filename: str, backbone: BackboneConfig) -> Path:
+    """A file that the backbone must have."""
+    path = find_file(source, filename, backbone)
+    if path is None:
+        kind = "folder" if Path(source).is_dir() else "repository"
+        raise ConfigError(f"backbone.name={backbone.name}: the {kind} has no {filename}")
+    return path
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
@@ -125,7 +132,8 @@ def positions_of(config: dict[str, Any]) -> int | None:
     if not isinstance(positions, int) or positions < 1:
         return None
     if config.get("model_type") in ROBERTA_FAMILY:
-        return positions - int(config.get("pad_token_id", 1)) - 1
+        padding = config.get("pad_token_id")
+        return positions - (padding if isinstance(padding, int) else 1) - 1
     return positions
 
 

@@ -477,7 +477,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def explain(error: OmegaConfBaseException) -> str:
     """One line for an error of omegaconf: key and value, the rule, and for an unknown key the nearest known one."""
-    key, reason = error.full_key or "", str(error).split("\n")[0]
+    key, reason = _in_its_list(error.full_key or ""), str(error).split("\n")[0]
     if re.search(r"Key '.*' (is )?not in", reason):
         return unknown_key(key)
     if "missing mandatory value" in reason:
@@ -491,6 +491,13 @@ def explain(error: OmegaConfBaseException) -> str:
     if key.endswith("]") and "Invalid type assigned" in reason:
         return f"{key} does not exist: to lengthen a list, give it whole, as in 'head.layers=[{{...}},{{...}}]'"
     return f"{key}: {reason[0].lower()}{reason[1:]}"
+
+
+def _in_its_list(key: str) -> str:
+    """The key with its list before it, where omegaconf names that of an element alone, and not of which."""
+    known = list(known_keys())
+    lists = [name for name in known if name.endswith(f".0.{key}")]
+    return lists[0].replace(".0.", "[].") if key not in known and lists else key
 
 
 def unknown_key(key: str) -> str:

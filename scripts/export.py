@@ -8,7 +8,7 @@
 format= sentence_transformers, pylate, stanford, or all that can hold the model; fold=true writes a linear head as one
 layer; width= cuts the vectors, as a model that was trained with loss.matryoshka allows; output= is the folder, which
 must not exist: by default beside the model, <model>_<format>. model= is a folder, a Hub name or a member of
-configs/backbone; trust_remote_code=true and allow_pickle=true are the keys of configs/backbone.
+configs/backbone; revision=, trust_remote_code=true and allow_pickle=true are the keys of configs/backbone.
 The largest difference of scores over a fixed set of texts is printed; above 1e-4 nothing is left. The status is 2 where
 something that was asked for could not be written.
 """
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -32,10 +33,12 @@ from torch import Tensor
 
 from architectures.export import Format, how_to_load, obstacle, runs_own_code, write_layout
 from architectures.heads import cut_head, fold_head
+from architectures.layouts import read_checkpoint
 from architectures.readers import read_export, vectors_of
-from configs.schema import ConfigError, explain
+from configs.reference import explain_composition
+from configs.schema import ConfigError, assignment, explain
 from losses.maxsim import maxsim
-from scripts.models import load_model
+from scripts.models import CONFIGS, compose_config, load_model
 
 LIMIT = 1e-4
 # Short, long, repeated, punctuated, cased, accented, in other scripts, a marker typed as text, and empty.
@@ -46,6 +49,7 @@ QUERIES = [
     "treatment of type-2 diabetes in adults: metformin (500 mg) vs. insulin; which one first?",
     "[Q] who wrote [MASK] and [unused0]?",
     "东京 Москва αβγ",
+    "a query that is longer than most models let a query be, since nobody stops asking " * 8,
     "a",
     "",
 ]
@@ -53,7 +57,7 @@ DOCUMENTS = [
     "The cat (Felis catus) is a domestic species of small carnivorous mammal.",
     "with open(path, encoding='utf-8') as file:\n    return [line.rstrip() for line in file]  # closed on exit",
     'Café society was the "beautiful people" and "bright young things" who gathered in fashionable cafés.',
-    "Metformin is the first-line medication. " * 12,
+    "Metformin is the first-line medication. " * 100,  # longer than most models let a document be
     "!!! ... ??? --- ((())) ;;; ,,,",
     "[D] a document that begins with its own marker",
     "東京は日本の首都である。 Москва — столица России.",
@@ -72,6 +76,7 @@ class Options:
     output: str | None = None
     fold: bool = False
     width: int | None = None
+    revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
@@ -83,11 +88,17 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         options = parse(arguments)
-        encoder = load_model(
-            options.model,
+        if options.format != "all":
+            output_of(options, Format[options.format])
+        overrides = [
             f"backbone.trust_remote_code={options.trust_remote_code}",
             f"backbone.allow_pickle={options.allow_pickle}",
-        )
+        ]
+        if options.revision is not None:
+            overrides.append(assignment("backbone.revision", options.revision))
+        if not read_checkpoint(compose_config(options.model, *overrides).backbone).has_head:
+            raise ValueError(f"model={options.model} has no projection head, and a new one is random: train it first")
+        encoder = load_model(options.model, *overrides)
         before = scores_of(lambda texts, *, task: vectors_of(encoder, texts, task=task))
         if options.fold:
             fold_head(encoder)
@@ -96,6 +107,7 @@ def main(arguments: Sequence[str]) -> int:
             before = scores_of(lambda texts, *, task: vectors_of(encoder, texts, task=task))
         chosen = list(Format) if options.format == "all" else [Format[options.format]]
         held = [layout for layout in Format if obstacle(encoder, layout) is None]
+        folders = {layout: output_of(options, layout) for layout in chosen if layout in held}
         for layout in chosen:
             if reason := obstacle(encoder, layout):
                 problem = f"format={layout.name} cannot hold {options.model}: {reason}"
@@ -103,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
                     raise ValueError(f"{problem}; formats that work: {', '.join(each.name for each in held)}")
                 print(f"{problem}\n")
                 continue
-            folder = output_of(options, layout)
+            folder = folders[layout]
             difference = export(encoder, layout, folder, before, source=Path(options.model), options=options)
             lines = how_to_load(layout, str(folder), trust=runs_own_code(encoder, layout))
             print(f"{folder}: {layout.value}, scores at most {difference:.1e} apart; load it with")
@@ -111,22 +123,34 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, ConfigError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"export: {explain_composition(error, CONFIGS)}", file=sys.stderr)
+        return 2
     return 0
 
 
 def parse(arguments: Sequence[str]) -> Options:
     """Raises ValueError for a key or a value that there is not."""
     try:
-        given = OmegaConf.from_cli(list(arguments))
+        given = {}
+        for argument in arguments:
+            key, equals, value = argument.partition("=")
+            if not equals:
+                raise ValueError(f"{argument}: the arguments are {_known()}")
+            # As it is typed: a folder may have the name of a number.
+            given[key] = None if value == "null" else value
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))
     except OmegaConfBaseException as error:
-        known = ", ".join(f"{name}=" for name in Options.__annotations__)
-        raise ValueError(f"{explain(error).partition(' is no key')[0]}: the arguments are {known}") from error
+        raise ValueError(f"{explain(error).partition(' is no key')[0]}: the arguments are {_known()}") from error
     assert isinstance(options, Options)
     names = [*(layout.name for layout in Format), "all"]
     if options.format not in names:
         raise ValueError(f"format={options.format} must be one of {', '.join(names)}")
     return options
+
+
+def _known() -> str:
+    return ", ".join(f"{name}=" for name in Options.__annotations__)
 
 
 def output_of(options: Options, layout: Format) -> Path:
@@ -168,7 +192,10 @@ def export(
             f"```python\n{how_to_load(layout, str(folder), trust=trusted)}\n```\n",
         )
         unfinished.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # safetensors and tokenizers report a full disk by exceptions of their own.
+        if not isinstance(error, OSError | SafetensorError) and "(os error" not in str(error):
+            raise
         raise ValueError(f"output={folder} cannot be written or read back ({error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -6,7 +6,8 @@ depend on how they are computed.
     python scripts/inspect_model.py model=minilm head=study/best
 
 model= is a folder, a Hub name or a member of configs/backbone; any other argument is one of train.py, such as head= or
-backbone.trust_remote_code=true. The status is 2 where the model cannot be loaded.
+backbone.trust_remote_code=true. The status is 1 where vectors differ by more
+than 1e-4, and 2 where the model cannot be loaded.
 """
 
 import sys
@@ -27,7 +28,7 @@ from architectures.layouts import read_checkpoint
 from architectures.readers import vectors_of
 from configs.reference import explain_composition
 from configs.schema import ConfigError
-from scripts.export import DOCUMENTS, QUERIES
+from scripts.export import DOCUMENTS, LIMIT, QUERIES
 from scripts.models import CONFIGS, compose_config, load_model
 from trainer.console import make_console
 from trainer.display import print_start
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     overrides = [argument for argument in arguments if not argument.startswith("model=")]
     try:
         if len(models) != 1:
-            raise ConfigError("model= is missing: a folder, a Hub name or a member of configs/backbone")
+            problem = f"is given {len(models)} times" if models else "is missing"
+            raise ConfigError(f"model= {problem}: give one folder, Hub name or member of configs/backbone")
         config = compose_config(models[0], *overrides)
         checkpoint = read_checkpoint(config.backbone)
         torch.manual_seed(config.seed)
@@ -54,18 +56,22 @@ def main(arguments: Sequence[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         print(f"inspect_model: {explain_composition(error, CONFIGS)}", file=sys.stderr)
         return 2
+    differences = consistency(encoder)
     facts = {
         "checkpoint": f"{config.backbone.name}, {checkpoint.layout.value}",
         **diagnose(encoder),
         "queries": describe_side(encoder, "query"),
         "documents": describe_side(encoder, "document"),
-        **consistency(encoder),
+        **{how: f"vectors at most {difference:.1e} apart" for how, difference in differences.items()},
     }
     print_start(make_console(), describe_modules(encoder), facts)
+    if inconsistent := [how for how, difference in differences.items() if not difference <= LIMIT]:
+        print(f"inspect_model: vectors depend on how they are computed ({', '.join(inconsistent)})", file=sys.stderr)
+        return 1
     return 0
 
 
-def consistency(encoder: MultiVectorEncoder) -> dict[str, str]:
+def consistency(encoder: MultiVectorEncoder) -> dict[str, float]:
     """The largest difference of vectors between a text alone and the same in a batch, which pads it to the longest, and
     between the attention that is set and eager."""
     alone = [
@@ -73,7 +79,7 @@ def consistency(encoder: MultiVectorEncoder) -> dict[str, str]:
         *encode(encoder, DOCUMENTS, "document", one_by_one=True),
     ]
     batch = [*encode(encoder, QUERIES, "query"), *encode(encoder, DOCUMENTS, "document")]
-    facts = {"alone or in a batch": f"vectors at most {largest_difference(alone, batch):.1e} apart"}
+    differences = {"alone or in a batch": largest_difference(alone, batch)}
     backbone = encoder.transformers_model
     assert backbone is not None, "a text model"
     own = backbone.config._attn_implementation
@@ -81,8 +87,8 @@ def consistency(encoder: MultiVectorEncoder) -> dict[str, str]:
         backbone.set_attn_implementation("eager")
         eager = [*encode(encoder, QUERIES, "query"), *encode(encoder, DOCUMENTS, "document")]
         backbone.set_attn_implementation(own)
-        facts[f"{own} or eager"] = f"vectors at most {largest_difference(batch, eager):.1e} apart"
-    return facts
+        differences[f"{own} or eager"] = largest_difference(batch, eager)
+    return differences
 
 
 def encode(encoder: MultiVectorEncoder, texts: list[str], task: str, *, one_by_one: bool = False) -> list[Tensor]:

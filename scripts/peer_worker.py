@@ -3,7 +3,7 @@
     python scripts/peer_worker.py '{"library": "pylate", "model": ..., "build": null, "texts": ..., "vectors": ...}'
 
 Nothing of lateforge is imported. model: the folder that is read; where `build` is not null, the library first makes a
-model as it says and saves it there. texts: a JSON file with lists of "queries" and "documents"; vectors: the NumPy
+model as it says and saves it there. texts: a JSON file with lists of "query" and "document"; vectors: the NumPy
 archive that receives the vectors of the scored tokens, text after text, the numbers of tokens, and the library's own
 scores.
 """
@@ -33,7 +33,7 @@ def main(task: dict[str, Any]) -> None:
         build: Callable[..., None] = build_stanford if stanford else build_pylate
         build(task["model"], **task["build"])
     encode = encode_stanford if stanford else encode_pylate
-    queries, documents, scores = encode(task["model"], texts["queries"], texts["documents"])
+    queries, documents, scores = encode(task["model"], texts["query"], texts["document"])
     numpy.savez(
         task["vectors"],
         query_vectors=torch.cat(queries).numpy(),
@@ -57,6 +57,10 @@ def build_pylate(
             activation = getattr(torch.nn, layer["activation_function"])()
             modules.append(models.Dense(**layer | {"activation_function": activation}))
         model = models.ColBERT(modules=modules, device="cpu", **settings)
+    # Like words: transformers draws new rows beside the mean of all, and a wrong marker would hardly be seen.
+    markers = model[0].auto_model.get_input_embeddings().weight
+    with torch.no_grad():
+        markers[-2:].normal_(std=float(markers.std()))
     model.save(folder)
 
 
@@ -87,7 +91,7 @@ def encode_stanford(folder: str, queries: Sequence[str], documents: Sequence[str
     if not model.colbert_config.mask_punctuation:
         model.skiplist = {}  # 0.2.22 makes none then, and reads it for every document: an AttributeError
     query_vectors = list(model.queryFromText(list(queries), bsize=32, to_cpu=True))
-    (document_vectors,) = model.docFromText(list(documents), bsize=32, keep_dims=False, to_cpu=True)
+    (document_vectors,) = model.docFromText(list(documents), bsize=32, keep_dims=False)
     padded = pad_sequence(document_vectors, batch_first=True)
     lengths = torch.tensor([len(vectors) for vectors in document_vectors])
     mask = torch.arange(padded.shape[1]) < lengths[:, None]

@@ -5,6 +5,7 @@ import shutil
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
     BertTokenizer,
     Gemma3TextConfig,
     Gemma3TextModel,
+    GemmaTokenizer,
     ModernBertConfig,
     ModernBertModel,
     PreTrainedTokenizerFast,
@@ -114,6 +116,44 @@ def xlm_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
         type_vocab_size=1,
     )
     XLMRobertaModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bidirectional Gemma 3, 32 wide, every other layer local: spaces as "▁" without one in front, padding on the
+    left."""
+    folder = tmp_path_factory.mktemp("gemma_tokens")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    pieces = ["▁", *string.ascii_lowercase, *string.ascii_uppercase, *string.punctuation, "ca", "cat", "▁cat"]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
+    ids = {piece: index for index, piece in enumerate([*special, *pieces])}
+    merges: Any = [("c", "a"), ("ca", "t"), ("▁", "cat")]
+    tokenizer = GemmaTokenizer(vocab=ids, merges=merges, model_max_length=64, padding_side="left")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        pair="<bos> $A <eos> $B <eos>",
+        special_tokens=[("<bos>", ids["<bos>"]), ("<eos>", ids["<eos>"])],
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(5)
+    config = Gemma3TextConfig(
+        vocab_size=len(ids),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+        use_bidirectional_attention=True,
+        pad_token_id=ids["<pad>"],
+        bos_token_id=ids["<bos>"],
+        eos_token_id=ids["<eos>"],
+    )
+    Gemma3TextModel(config).save_pretrained(folder)
     return folder
 
 

@@ -307,7 +307,8 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         ),
         (
             ["head=linear", "head.layers=[]"],
-            "head.layers=[] with head.keep=none leaves no layer: add one, set head.embedding_size, or set head.keep=all",
+            "head.layers=[] with head.keep=none leaves no layer: add one, set head.embedding_size, or set "
+            "head.keep=all",
         ),
         (["loss.contrastive.temperature=0"], "loss.contrastive.temperature=0.0 must be positive"),
         (["loss.temperature=0.5"], "loss.temperature is no key; the nearest is loss.contrastive.temperature "),

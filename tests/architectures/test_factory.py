@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
+import pickle
+import re
 import shutil
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +19,8 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder
-from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -24,8 +29,10 @@ from transformers import (
 )
 
 from architectures.factory import build_encoder
-from architectures.heads import build_head
-from configs.schema import Activation, Config, ConfigError, HeadConfig, HeadLayer, parse_config
+from architectures.heads import HeadModule, build_head, describe_extras, head_of, is_linear, portable
+from architectures.projection import Projection
+from configs.schema import Activation, Attention, Config, ConfigError, Expansion, HeadLayer, parse_config
+from tests.architectures.conftest import Copy, backbone_config, edit, head_config
 from tests.checkpoints import Checkpoint, Row
 
 HEADS = Path(__file__).parents[2] / "configs" / "head"
@@ -57,6 +64,29 @@ PRESETS: dict[str, list[Row]] = {
     "mlp_residual": [(32, 64, "GELU", True, True), (64, 128, "Identity", False, False)],
     "deep": [(32, 64, "GELU", True, True), (64, 64, "GELU", True, True), (64, 128, "Identity", False, False)],
     "ettin_mlp": [(32, 64, "Identity", False, True), (64, 32, "Identity", False, False)],
+}
+
+
+# The variants of the projection study, likewise, and what a layer has beyond a Dense.
+PROJECT: Row = (32, 128, "Identity", False, False)
+STUDY: dict[str, list[tuple[Row, str]]] = {
+    "linear": [(PROJECT, "")],
+    "upscaled": [((32, 64, "Identity", False, False), ""), ((64, 128, "Identity", False, False), "")],
+    "deeper": [((32, 32, "Identity", False, False), ""), (PROJECT, "")],
+    "deepest": [((32, 32, "Identity", False, False), ""), ((32, 32, "Identity", False, False), ""), (PROJECT, "")],
+    "gelu": [((32, 32, "GELU", False, False), ""), (PROJECT, "")],
+    "relu": [((32, 32, "ReLU", False, False), ""), (PROJECT, "")],
+    "silu": [((32, 32, "SiLU", False, False), ""), (PROJECT, "")],
+    "residual": [((32, 32, "Identity", False, True), ""), (PROJECT, "")],
+    "best": [((32, 64, "Identity", False, True), ""), ((64, 128, "Identity", False, False), "")],
+    "glu": [((32, 32, "Sigmoid", False, False), "gated"), (PROJECT, "")],
+    "swiglu": [((32, 32, "SiLU", False, False), "gated"), (PROJECT, "")],
+}
+# No activation, gate or norm: one linear map, in however many layers.
+LINEAR = {"default", "linear", "ettin_mlp"}
+LINEAR |= {f"study/{name}" for name in ("linear", "upscaled", "deeper", "deepest", "residual", "best")}
+ALL_PRESETS: dict[str, list[Row]] = PRESETS | {
+    f"study/{name}": [row for row, _ in layers] for name, layers in STUDY.items()
 }
 
 
@@ -165,11 +195,7 @@ def embedding_table(encoder: MultiVectorEncoder) -> Tensor:
     return embeddings.weight
 
 
-def head_of(encoder: MultiVectorEncoder) -> list[Dense]:
-    return [module for module in encoder if isinstance(module, Dense)]
-
-
-def rows(layers: list[Dense]) -> list[Row]:
+def rows(layers: Sequence[HeadModule]) -> list[Row]:
     return [
         (
             dense.linear.in_features,
@@ -207,6 +233,8 @@ def project_by_hand(hidden: Tensor, head: list[Row], weights: list[dict[str, Ten
     for (in_features, out_features, activation, bias, residual), tensors in zip(head, weights, strict=True):
         output = F.linear(hidden, tensors["linear.weight"], tensors["linear.bias"] if bias else None)
         output = FORMULAS[activation](output)
+        if "gate.weight" in tensors:
+            output = output * F.linear(hidden, tensors["gate.weight"], tensors.get("gate.bias"))
         if residual:
             output = output + (hidden if in_features == out_features else F.linear(hidden, tensors["residual.weight"]))
         hidden = output
@@ -408,13 +436,70 @@ def edited_stanford(
 # --- Keys against what the checkpoint says ---------------------------------------------------------------------------
 
 
-def test_null_keys_on_a_plain_backbone_mean_no_prefix_no_expansion_and_no_skiplist(
-    build: Build, tiny_bert: Path
+@pytest.mark.parametrize("backbone", ["tiny_bert", "sentence_bert"])
+def test_null_keys_on_a_model_that_is_not_late_interaction_are_pylates_defaults(
+    build: Build, request: pytest.FixtureRequest, backbone: str
 ) -> None:
-    encoder = build(*with_own_settings(tiny_bert))
+    encoder = build(*with_own_settings(request.getfixturevalue(backbone)))
     query, document = encode(encoder, QUERY, "query"), encode(encoder, "cat, dog!", "document")
-    assert query.scored_tokens == query.tokens == ["[CLS]", *QUERY_TOKENS, "[SEP]"]
-    assert document.scored_tokens == document.tokens == ["[CLS]", "cat", ",", "dog", "!", "[SEP]"]
+    assert query.tokens == ["[CLS]", "[Q] ", *QUERY_TOKENS, "[SEP]", *["[MASK]"] * 24]
+    assert query.attended == [True] * 8 + [False] * 24
+    assert query.scored == [True] * 32
+    assert document.tokens == ["[CLS]", "[D] ", "cat", ",", "dog", "!", "[SEP]"]
+    assert document.scored_tokens == ["[CLS]", "[D] ", "cat", "dog", "[SEP]"]
+    # As many as the backbone has positions, fewer than PyLate's 180.
+    assert len(encode(encoder, DOCUMENT * 2, "document").tokens) == 64
+
+
+def test_a_side_without_a_prompt_of_words_gets_a_marker(build: Build, sentence_bert: Path, copy: Copy) -> None:
+    folder = copy(sentence_bert)
+    edit(folder / "config_sentence_transformers.json", prompts={"passage": "a : "})
+    encoder = build(*with_own_settings(folder))
+    assert encode(encoder, "cat", "query").tokens[:4] == ["[CLS]", "[Q] ", "cat", "[SEP]"]
+    assert encode(encoder, "cat", "document").tokens == ["[CLS]", "a", ":", "cat", "[SEP]"]
+    assert "[D] " not in encoder.tokenizer.get_vocab()
+
+
+def test_an_expansion_without_a_length_anywhere_is_refused(build: Build, tmp_path: Path) -> None:
+    encoder = build("backbone.expansion=none")
+    transformer: nn.Module = encoder[0]
+    assert isinstance(transformer, Transformer)
+    transformer.query_length = None
+    encoder.save_pretrained(str(tmp_path), create_model_card=False)
+    message = (
+        "backbone.query_length=null: expansion=fixed fills queries to a length, and the checkpoint states none: "
+        "give one"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        build(*with_own_settings(tmp_path), "backbone.expansion=fixed")
+    assert len(encode(build(*with_own_settings(tmp_path)), "cat " * 40, "query").tokens) == 43
+
+
+def test_stanfords_strings_in_place_of_booleans_are_read_as_these(
+    build: Build, stanford: Checkpoint, copy: Copy
+) -> None:
+    folder = copy(stanford.folder)
+    edit(folder / "artifact.metadata", attend_to_mask_tokens="False", mask_punctuation="False", doc_maxlen=9)
+    encoder = build(*with_own_settings(folder))
+    assert encode(encoder, "cat", "query").attended == [True] * 4 + [False] * 8
+    assert encode(encoder, "cat, dog!", "document").scored == [True] * 7
+    assert len(encode(encoder, DOCUMENT, "document").tokens) == 9
+
+
+@pytest.mark.parametrize(
+    "keys", [{"attend_to_expansion": True}, {"expansion": Expansion.none}], ids=["attended", "no expansion"]
+)
+@pytest.mark.parametrize("backbone", ["tiny_bert", "stanford"])
+def test_what_flash_attention_2_is_said_to_need_is_enough(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, backbone: str, keys: dict[str, Any]
+) -> None:
+    # As where its package is installed; nothing is computed with it.
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda _, name, *a, **k: name)
+    monkeypatch.setattr(Transformer, "_can_flatten_inputs", lambda _: False)
+    found = request.getfixturevalue(backbone)
+    folder = found.folder if isinstance(found, Checkpoint) else found
+    encoder = build_encoder(backbone_config(folder, attention=Attention.flash_attention_2, **keys), head_config())
+    assert backbone_of(encoder).config._attn_implementation == "flash_attention_2"
 
 
 def test_keys_that_are_given_replace_what_the_checkpoint_says(build: Build, checkpoint: Checkpoint) -> None:
@@ -484,6 +569,7 @@ def test_switching_the_expansion_off_keeps_the_checkpoints_own_query_length(
 
 def test_every_head_preset_is_described_here() -> None:
     assert PRESETS.keys() == {path.stem for path in HEADS.glob("*.yaml")}
+    assert STUDY.keys() == {path.stem for path in HEADS.glob("study/*.yaml")}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -491,12 +577,37 @@ def test_a_head_preset_gives_the_layers_that_its_comment_says(build: Build, name
     assert rows(head_of(build(f"head={name}"))) == PRESETS[name]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", STUDY)
+def test_a_variant_of_the_study_gives_its_layers_and_says_in_its_first_line_whether_they_are_portable(
+    build: Build, name: str
+) -> None:
+    layers = head_of(build(f"head=study/{name}"))
+    extras = [describe_extras(layer) if isinstance(layer, Projection) else "" for layer in layers]
+    assert list(zip(rows(layers), extras, strict=True)) == STUDY[name]
+    first_line = (HEADS / "study" / f"{name}.yaml").read_text().splitlines()[0]
+    assert first_line.rpartition("; ")[2] == ("portable" if all(map(portable, layers)) else "native")
+
+
+@pytest.mark.parametrize("name", ALL_PRESETS)
 def test_a_head_preset_computes_what_the_formulas_give_by_hand(build: Build, tiny_bert: Path, name: str) -> None:
     encoder = build(f"head={name}", "backbone.document_prefix=''")
     weights = [dense.state_dict() for dense in head_of(encoder)]
-    by_hand = project_by_hand(hidden_states(tiny_bert, encoder, "the cat meows"), PRESETS[name], weights)
+    by_hand = project_by_hand(hidden_states(tiny_bert, encoder, "the cat meows"), ALL_PRESETS[name], weights)
     assert_close(encode(encoder, "the cat meows", "document").vectors, by_hand)
+
+
+@pytest.mark.parametrize("name", ALL_PRESETS)
+def test_a_head_preset_without_activation_and_gate_is_linear_and_no_other(build: Build, name: str) -> None:
+    assert is_linear(head_of(build(f"head={name}"))) is (name in LINEAR)
+
+
+@pytest.mark.parametrize("name", ["glu", "swiglu"])
+def test_a_gate_takes_as_many_parameters_as_the_linear_map_beside_it(build: Build, name: str) -> None:
+    weights = head_of(build(f"head=study/{name}"))[0].state_dict()
+    assert {key: tuple(value.shape) for key, value in weights.items()} == {
+        "linear.weight": (32, 32),
+        "gate.weight": (32, 32),
+    }
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -507,7 +618,7 @@ def test_a_layer_is_the_activation_of_a_linear_map_plus_with_residual_its_input(
 ) -> None:
     torch.manual_seed(5)
     spec = HeadLayer(bias=True, activation=activation, residual=residual, out_features=out_features)
-    (dense,) = build_head(HeadConfig(keep="none", embedding_size=None, seed=None, layers=[spec]), [], 4)
+    (dense,) = build_head(head_config(spec, keep="none"), [], 4)
     inputs = torch.randn(3, 5, 4)
 
     outputs = dense({"token_embeddings": inputs})["token_embeddings"]
@@ -528,13 +639,13 @@ def test_each_layer_takes_the_width_of_the_one_before(build: Build) -> None:
 
 def test_a_factor_multiplies_the_backbones_width_and_not_the_width_before() -> None:
     spec = HeadLayer(bias=False, activation=Activation.identity, residual=False, factor=1.5)
-    layers = build_head(HeadConfig(keep="none", embedding_size=None, seed=None, layers=[spec, spec]), [], 32)
+    layers = build_head(head_config(spec, spec, keep="none"), [], 32)
     assert [(dense.linear.in_features, dense.linear.out_features) for dense in layers] == [(32, 48), (48, 48)]
 
 
 def test_out_features_wins_over_factor() -> None:
     spec = HeadLayer(bias=False, activation=Activation.identity, residual=False, out_features=7, factor=2)
-    (dense,) = build_head(HeadConfig(keep="none", embedding_size=None, seed=None, layers=[spec]), [], 32)
+    (dense,) = build_head(head_config(spec, keep="none"), [], 32)
     assert dense.linear.weight.shape == (7, 32)
 
 
@@ -558,7 +669,11 @@ def test_every_vector_has_unit_length(build: Build, side: str) -> None:
 # --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", ["tiny_bert", "modernbert", "xlm_roberta"])
+TOKENIZERS = ["tiny_bert", "modernbert", "xlm_roberta", "gemma"]
+TEXTS = ["what is a cat?", "cat", " cat", "?", "-cat", "Ω a", "Cat", "a\ncat", "[Q] cat", "[D]cat", ""]
+
+
+@pytest.mark.parametrize("backbone", TOKENIZERS)
 @pytest.mark.parametrize(("side", "prefix"), [("query", "[Q] "), ("document", "[D] ")])
 def test_a_prefix_is_one_token_after_the_first_and_leaves_the_text_as_it_was(
     build: Build, request: pytest.FixtureRequest, backbone: str, side: str, prefix: str
@@ -568,6 +683,65 @@ def test_a_prefix_is_one_token_after_the_first_and_leaves_the_text_as_it_was(
     encoder = build(f"backbone.name={folder}", "backbone.expansion=none", *lengths)
     first, *text, last = AutoTokenizer.from_pretrained(folder)("what is a cat?").tokens()
     assert encode(encoder, "what is a cat?", side).tokens == [first, prefix, *text, last]
+
+
+@pytest.mark.parametrize("backbone", TOKENIZERS)
+@pytest.mark.parametrize("prefix", ["[Q] ", "[ask]", "[ASK] "])
+def test_the_tokens_of_a_text_are_those_it_has_alone_with_the_markers_id_inserted_at_position_1(
+    build: Build, request: pytest.FixtureRequest, backbone: str, prefix: str
+) -> None:
+    # So do PyLate and Stanford's ColBERT, which never tokenise the marker with the text.
+    encoder = build(
+        *(f"backbone.name={request.getfixturevalue(backbone)}", "backbone.document_length=12"),
+        *("backbone.query_prefix=''", f"backbone.document_prefix='{prefix}'"),
+    )
+    marker = encoder.tokenizer.convert_tokens_to_ids(prefix)
+    assert marker != encoder.tokenizer.unk_token_id
+    for text in [*TEXTS, "what is a cat? " * 4]:
+        alone = encoder.tokenizer(text, truncation=True, max_length=12 - 1)["input_ids"]
+        features = encoder.preprocess([text], prompt=encoder.prompts["document"], task="document")
+        assert features["input_ids"][0].tolist() == [alone[0], marker, *alone[1:]], text
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_text_keeps_its_tokens_where_only_the_first_word_of_a_row_gets_a_space_in_front(
+    xlm_roberta: Path, copy: Copy, scheme: str
+) -> None:
+    # T5 and Llama tokenise so: behind a marker, a first word is none without a space of its own.
+    folder = copy(xlm_roberta)
+    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True}
+    edit(folder / "tokenizer.json", pre_tokenizer=spaces)
+    encoder = build_encoder(backbone_config(folder), head_config())
+    for text in ("what is a cat?", "cat", "?"):
+        first, *alone = encoder.tokenizer(text).tokens()
+        assert encode(encoder, text, "document").tokens == [first, "[D] ", *alone]
+
+
+@pytest.mark.parametrize("prefix", ["[unused0]", "[unused0] "])
+def test_stanfords_marker_is_inserted_at_position_1(build: Build, stanford: Checkpoint, prefix: str) -> None:
+    encoder = build(*with_own_settings(stanford.folder), f"backbone.document_prefix='{prefix}'")
+    for text in TEXTS:
+        alone = encoder.tokenizer(text)["input_ids"]
+        features = encoder.preprocess([text], prompt=encoder.prompts["document"], task="document")
+        marker = encoder.tokenizer.convert_tokens_to_ids("[unused0]")
+        assert features["input_ids"][0].tolist() == [alone[0], marker, *alone[1:]], text
+
+
+@pytest.mark.parametrize("backbone", ["tiny_bert", "gemma"])
+def test_padding_stands_on_the_right_even_where_the_checkpoint_says_left(
+    request: pytest.FixtureRequest, copy: Copy, tmp_path: Path, backbone: str
+) -> None:
+    folder = copy(request.getfixturevalue(backbone))
+    edit(folder / "tokenizer_config.json", padding_side="left")
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+    encoder = build_encoder(backbone_config(folder, expansion=Expansion.none), head_config())
+    mask = encoder.preprocess(["cat", "what is a cat?"], prompt=encoder.prompts["query"], task="query")[
+        "attention_mask"
+    ]
+    assert mask[0].tolist() == [1] * 4 + [0] * (mask.shape[1] - 4)
+    encoder.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").padding_side == "right"
 
 
 def test_a_marker_of_the_vocabulary_becomes_the_prefix_without_a_new_token(build: Build, stanford: Checkpoint) -> None:
@@ -751,7 +925,9 @@ def test_a_checkpoint_in_float16_is_loaded_in_float32(
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
     stored = load_file(folder / "model.safetensors")
     for name, value in backbone_of(encoder).state_dict().items():
-        assert torch.equal(value, stored[f"bert.{name}" if backbone == "stanford" else name].float())
+        halves = stored[f"bert.{name}" if backbone == "stanford" else name]
+        # A plain backbone gets two markers, whose rows are new.
+        assert torch.equal(value[: len(halves)], halves.float())
 
 
 @pytest.mark.parametrize(("attention", "calls"), [("sdpa", 2), ("eager", 0)])
@@ -847,6 +1023,182 @@ def test_dropout_of_the_config_replaces_the_checkpoints(build: Build, dropout: s
     assert torch.equal(first, second) is not varies
 
 
+# --- Weights that are not all there, and those in pickles -------------------------------------------------------------
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("backbone", "key", "parameter"),
+    [
+        ("tiny_bert", "encoder.layer.1.output.dense.weight", "encoder.layer.1.output.dense.weight"),
+        ("tiny_bert", "embeddings.LayerNorm.bias", "embeddings.LayerNorm.bias"),
+        ("modernbert", "layers.0.attn.Wo.weight", "layers.0.attn.Wo.weight"),
+        ("gemma", "layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight"),
+        ("stanford", "bert.embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_parameter_is_refused_by_its_name(
+    request: pytest.FixtureRequest, copy: Copy, backbone: str, key: str, parameter: str
+) -> None:
+    found = request.getfixturevalue(backbone)
+    folder = copy(found.folder if isinstance(found, Checkpoint) else found)
+    rewrite(folder / "model.safetensors", lambda weights: {name: weights[name] for name in weights if name != key})
+    kind = {"tiny_bert": "Bert", "modernbert": "ModernBert", "gemma": "Gemma3Text", "stanford": "Bert"}[backbone]
+    message = (
+        f"backbone.name={folder} has no weights for 1 parameters of its {kind}Model, such as {parameter}: "
+        "they would be random; is the model complete?"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        build_encoder(backbone_config(folder), head_config())
+
+
+def test_weights_under_a_foreign_prefix_are_none_of_the_models(tiny_bert: Path, copy: Copy) -> None:
+    folder = copy(tiny_bert)
+    rewrite(folder / "model.safetensors", lambda weights: {f"student.{name}": weights[name] for name in weights})
+    message = f"backbone.name={folder} has no weights for 37 parameters of its BertModel, such as embeddings."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        build_encoder(backbone_config(folder), head_config())
+
+
+def test_weights_under_the_prefix_of_the_architecture_are_the_models(tiny_bert: Path, copy: Copy) -> None:
+    # As in every BertForMaskedLM, whose other weights are left.
+    folder = copy(tiny_bert)
+    stored = load_file(folder / "model.safetensors")
+    extra = {"cls.predictions.bias": torch.zeros(3)}
+    rewrite(folder / "model.safetensors", lambda weights: {f"bert.{name}": weights[name] for name in weights} | extra)
+    loaded = backbone_of(build_encoder(backbone_config(folder), head_config())).state_dict()
+    assert all(torch.equal(loaded[name][: len(stored[name])], stored[name]) for name in loaded)
+
+
+def test_a_parameter_of_another_shape_is_refused(tiny_bert: Path, copy: Copy) -> None:
+    folder, name = copy(tiny_bert), "encoder.layer.1.output.dense.weight"
+    rewrite(folder / "model.safetensors", lambda weights: weights | {name: weights[name][:, :16].contiguous()})
+    with pytest.raises(ConfigError, match=rf"^backbone\.name={folder} cannot be loaded"):
+        build_encoder(backbone_config(folder), head_config())
+
+
+def test_a_layer_of_the_head_that_lacks_a_parameter_is_refused_by_its_name(embeddinggemma: Path, copy: Copy) -> None:
+    folder = copy(embeddinggemma)
+    path = folder / "2_Dense" / "model.safetensors"
+    rewrite(path, lambda weights: {"other.weight": weights["linear.weight"]})
+    with pytest.raises(ConfigError, match=rf"^backbone\.name={folder} cannot be loaded \(.*linear\.weight"):
+        build_encoder(backbone_config(folder), head_config())
+
+
+def test_a_stanford_colbert_without_its_layer_is_refused_by_its_name(stanford: Checkpoint, copy: Copy) -> None:
+    folder = copy(stanford.folder)
+    rewrite(folder / "model.safetensors", lambda weights: {n: weights[n] for n in weights if n != "linear.weight"})
+    with pytest.raises(ConfigError, match=rf"^backbone\.name={folder} cannot be loaded \(.*linear\.weight"):
+        build_encoder(backbone_config(folder), head_config())
+
+
+@pytest.mark.parametrize("change", [{"out_features": "many"}, {"in_features": None}], ids=["text", "null"])
+def test_a_layer_of_the_head_whose_config_is_damaged_is_refused_by_its_file(
+    embeddinggemma: Path, copy: Copy, change: dict[str, object]
+) -> None:
+    folder = copy(embeddinggemma)
+    edit(folder / "2_Dense" / "config.json", **change)
+    with pytest.raises(ConfigError, match=rf"^backbone\.name={folder}"):
+        build_encoder(backbone_config(folder), head_config())
+
+
+@pytest.mark.parametrize("change", [{"activation": "GeLU"}, {"norm": "batch"}, {"out_features": None}])
+def test_a_layer_of_our_own_whose_config_is_damaged_is_refused_by_its_file(
+    build: Build, tmp_path: Path, change: dict[str, object]
+) -> None:
+    build("head=study/glu").save_pretrained(str(tmp_path), create_model_card=False)
+    edit(tmp_path / "1_Projection" / "config.json", **change)
+    with pytest.raises(ConfigError, match=rf"^backbone\.name={tmp_path}"):
+        build_encoder(backbone_config(tmp_path), head_config())
+
+
+def test_a_multi_vector_encoder_without_a_mask_scores_every_token(build: Build, tmp_path: Path) -> None:
+    encoder = build("backbone.expansion=none")
+    modules = [module for module in encoder if not isinstance(module, MultiVectorMask)]
+    prompts = {side: prompt or "" for side, prompt in encoder.prompts.items()}
+    unmasked = MultiVectorEncoder(modules=modules, prompts=prompts, device="cpu")
+    unmasked.save_pretrained(str(tmp_path), create_model_card=False)
+    document = encode(build(*with_own_settings(tmp_path)), "cat, dog!", "document")
+    assert document.scored_tokens == ["[CLS]", "[D] ", "cat", ",", "dog", "!", "[SEP]"]
+
+
+def test_the_remedy_for_a_layer_with_an_unknown_activation_is_to_leave_it_out(embeddinggemma: Path, copy: Copy) -> None:
+    folder = copy(embeddinggemma)
+    activation = "torch.nn.modules.activation.Softmax"
+    edit(folder / "3_Dense" / "config.json", activation_function=activation)
+    message = (
+        f"activation_function={activation} .*: drop the layer with head.keep=none or the number of layers before it$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build_encoder(backbone_config(folder), head_config())
+    kept = build_encoder(backbone_config(folder), head_config(keep="1"))
+    assert rows(head_of(kept)) == [(32, 128, "Identity", False, False)]
+    dropped = build_encoder(backbone_config(folder), head_config(keep="none", embedding_size=8))
+    assert rows(head_of(dropped)) == [(32, 8, "Identity", False, False)]
+
+
+def as_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "places"), [("tiny_bert", [""]), ("stanford", [""]), ("pylate", ["", "1_Dense", "2_Dense"])]
+)
+def test_weights_in_pickles_are_those_in_safetensors_where_pickles_are_allowed(
+    request: pytest.FixtureRequest, copy: Copy, backbone: str, places: list[str]
+) -> None:
+    found = request.getfixturevalue(backbone)
+    safe = found.folder if isinstance(found, Checkpoint) else found
+    folder = copy(safe)
+    for place in places:
+        as_pickle(folder / place)
+    with pytest.raises(ConfigError, match=r"has its weights in a pickle, pytorch_model\.bin, and none in safetensors"):
+        build_encoder(backbone_config(folder), head_config())
+    torch.manual_seed(0)
+    unpickled = build_encoder(backbone_config(folder, allow_pickle=True), head_config()).state_dict()
+    torch.manual_seed(0)
+    expected = build_encoder(backbone_config(safe), head_config()).state_dict()
+    assert unpickled.keys() == expected.keys()
+    assert all(torch.equal(unpickled[name], expected[name]) for name in expected)
+
+
+def test_the_loader_itself_takes_no_pickle_where_the_files_of_the_hub_were_not_looked_at(
+    tiny_bert: Path, copy: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(tiny_bert)
+    as_pickle(folder)
+    monkeypatch.setattr("architectures.layouts._check_pickles", lambda *_: None)
+    message = rf"^backbone\.name={folder} cannot be loaded \(Error no file named model\.safetensors found"
+    with pytest.raises(ConfigError, match=message):
+        build_encoder(backbone_config(folder), head_config())
+
+
+class Intruder:
+    """Unpickled without care, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", ["", "2_Dense"])
+def test_a_pickle_that_is_allowed_runs_no_code(embeddinggemma: Path, copy: Copy, tmp_path: Path, place: str) -> None:
+    folder, trace = copy(embeddinggemma), tmp_path / "trace"
+    (folder / place / "model.safetensors").unlink()
+    torch.save({"linear.weight": Intruder(trace)}, folder / place / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=rf"^backbone\.name={folder} cannot be loaded \("):
+        build_encoder(backbone_config(folder, allow_pickle=True), head_config())
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Intruder(trace)))
+    assert trace.exists()
+
+
 def test_a_folder_without_weights_is_refused_by_its_name(build: Build, tiny_bert: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_bert, tmp_path / "incomplete"))
     (folder / "model.safetensors").unlink()
@@ -860,3 +1212,11 @@ def test_weights_that_are_cut_off_are_refused_by_their_name(build: Build, tiny_b
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=rf"backbone\.name={folder} cannot be loaded \(.*\): is the model complete, "):
         build(f"backbone.name={folder}")
+
+
+def test_weights_that_are_cut_off_behind_their_header_are_refused_by_their_name(tiny_bert: Path, copy: Copy) -> None:
+    folder = copy(tiny_bert)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=rf"^backbone\.name={folder} cannot be loaded \(.*: is the model complete, "):
+        build_encoder(backbone_config(folder), head_config())

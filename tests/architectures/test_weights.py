@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import _CACHED_NO_EXIST
 
 from architectures import weights
-from architectures.weights import locate_backbone
+from architectures.weights import find_file, locate_backbone
 from configs.schema import Attention, BackboneConfig, ConfigError, Expansion, Side
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +177,34 @@ def test_a_config_that_holds_no_object_is_refused(tmp_path: Path) -> None:
     message = f"backbone.name={tmp_path}: {path}:1 must hold a JSON object"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         locate_backbone(backbone(tmp_path))
+
+
+def test_a_config_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xff\xfe")
+    message = f"backbone.name={tmp_path}: {path} is no text: 'utf-8' codec can't decode byte 0xff"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        locate_backbone(backbone(tmp_path))
+
+
+def test_a_file_that_a_backbone_may_have_is_found_or_none(tmp_path: Path) -> None:
+    folder_with(tmp_path)
+    (tmp_path / "1_Dense").mkdir()
+    assert find_file(str(tmp_path), "config.json", backbone(tmp_path)) == tmp_path / "config.json"
+    assert find_file(str(tmp_path), "modules.json", backbone(tmp_path)) is None
+    assert find_file(str(tmp_path), "1_Dense", backbone(tmp_path)) is None
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_file_that_the_cache_lacks_is_asked_for_where_the_hub_cannot_be_reached() -> None:
+    with pytest.raises(ConfigError, match=r"reachable Hub name \(modules\.json: LocalEntryNotFoundError\)"):
+        find_file("nobody/nothing", "modules.json", backbone("nobody/nothing"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_file_that_the_cache_knows_to_be_absent_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: _CACHED_NO_EXIST)
+    assert find_file("nobody/nothing", "modules.json", backbone("nobody/nothing")) is None
 
 
 # --- Lengths ---------------------------------------------------------------------------------------------------------

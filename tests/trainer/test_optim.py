@@ -109,15 +109,15 @@ def test_names_are_those_of_the_transformers_model_the_head_and_the_loss(
     assert parameters["loss.log_temperature"] is learnt["log_temperature"]
 
 
-def test_layers_of_the_head_are_counted_among_themselves_and_other_modules_among_all() -> None:
+def test_layers_of_the_head_are_counted_among_themselves_whatever_their_class() -> None:
     modules = [Dense(3, 3, bias=False), nn.LayerNorm(3), Dense(3, 2, bias=False, use_residual=True)]
     parameters = named_parameters(MultiVectorEncoder(modules=modules, device="cpu"), NOTHING)
     assert list(parameters) == [
         "head.0.linear.weight",
-        "module.1.weight",
-        "module.1.bias",
-        "head.1.linear.weight",
-        "head.1.residual.weight",
+        "head.1.weight",
+        "head.1.bias",
+        "head.2.linear.weight",
+        "head.2.residual.weight",
     ]
 
 

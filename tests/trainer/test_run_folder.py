@@ -329,6 +329,7 @@ def test_processes_that_do_not_write_leave_nothing(encoder: MultiVectorEncoder, 
     folder.log(1, {"train/loss": 1.0})
     folder.cut_metrics(None)
     assert folder.save_model(encoder, "model", step=3) == folder.path / "model"
+    folder.write_card("model", "a card")
     folder.save_checkpoint(make_state(make_config(), 3), [], keep=2)
     assert folder.write_failed_batch([{"query": "a"}]) == folder.path / "failed_batch.jsonl"
     folder.write_result({"steps": 3})
@@ -349,6 +350,7 @@ def test_processes_that_do_not_write_remove_and_cut_nothing(make_config: MakeCon
     folder.open(main=False)
     folder.cut_metrics(None)
     folder.remove_model("best")
+    folder.write_card("best", "a card")
     folder.set_aside(folder.path / "checkpoints")
     folder.write_result({"steps": 3})
     assert {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()} == set(files)
@@ -633,13 +635,26 @@ def test_saving_again_replaces_the_model(encoder: MultiVectorEncoder, make_confi
     assert not {"old_weights", "older_weights", "model.unfinished"} & names
 
 
+def test_a_saved_model_gets_its_card_and_no_other(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    folder = make_folder(make_config)
+    folder.open()
+    for name in ("model", "best"):
+        folder.save_model(encoder, name, step=3)
+        files = {path.name for path in (folder.path / name).iterdir()}
+        assert "README.md" not in files
+        for text in ("# a first card\n", "# naïve card of the [Q]\n"):
+            folder.write_card(name, text)
+            assert (folder.path / name / "README.md").read_text(encoding="utf-8") == text
+        assert {path.name for path in (folder.path / name).iterdir()} == files | {"README.md"}
+
+
 # Failures
 
 
 def fail_to_save(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Make every save write a part of a model, then fail."""
 
-    def save(self: MultiVectorEncoder, path: str) -> None:
+    def save(self: MultiVectorEncoder, path: str, *, create_model_card: bool) -> None:
         Path(path).mkdir(parents=True)
         Path(path, "modules.json").write_text("[")
         raise error
@@ -733,3 +748,21 @@ def test_a_result_that_cannot_be_written_does_not_mark_the_run_as_finished(
         "free space on the disk or name another folder"
     )
     assert not (folder.path / "result.json").exists()
+
+
+def test_a_card_that_cannot_be_written_leaves_the_model_and_its_card(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(make_config)
+    fill(folder.path, "best/README.md", "best/weights")
+    monkeypatch.setattr(Path, "write_text", lambda self, text, **_: full_disk(self, text))
+    with pytest.raises(ConfigError) as caught:
+        folder.write_card("best", "# a new card")
+    assert str(caught.value) == (
+        f"output_dir={folder.path}: best/README.md cannot be written ({NO_SPACE}): "
+        "free space on the disk or name another folder"
+    )
+    assert {path.name: path.read_text() for path in (folder.path / "best").iterdir()} == {
+        "README.md": "old best/README.md",
+        "weights": "old best/weights",
+    }
