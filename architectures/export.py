@@ -163,6 +163,8 @@ def _stanford_obstacle(encoder: MultiVectorEncoder, library: str) -> str | None:
         return f"it has no prefix on each side, and {library} always puts one"
     if tokenizer.mask_token is None:
         return f"its tokenizer has no mask token, with which {library} fills queries"
+    if _padding(transformer, tokenizer) in (None, tokenizer.mask_token_id):
+        return f"its padding is the mask token, and {library} scores no token that is padding"
     if not mask.skiplist_words:
         return (
             f"it scores every token of a document, and {library} fails to encode documents with mask_punctuation=false"
@@ -191,6 +193,13 @@ def _longest(transformer: Transformer, length: int | None) -> int:
     most = transformer.max_seq_length or transformer.tokenizer.model_max_length
     positions = positions_of(transformer.model.config.to_dict()) or most
     return int(min(length or most, positions))
+
+
+def _padding(transformer: Transformer, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that pads, as the tokenizer says, or the backbone where that names the mask token."""
+    own = tokenizer.pad_token_id
+    padding = transformer.model.config.pad_token_id if own == tokenizer.mask_token_id else own
+    return padding if isinstance(padding, int) else None
 
 
 def _prefix_token(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -272,6 +281,12 @@ def _write_pylate(encoder: MultiVectorEncoder, folder: Path) -> None:
 def _write_stanford(encoder: MultiVectorEncoder, folder: Path) -> None:
     transformer, tokenizer, _ = _parts(encoder)
     _write_backbone(transformer, folder)
+    # It scores no token that is its padding, and PyLate saves the mask token as such.
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    padding = _padding(transformer, tokenizer)
+    assert padding is not None, "an obstacle otherwise"
+    _write_json(path, settings | {"pad_token": tokenizer.convert_ids_to_tokens(padding)})
     (dense,) = (as_dense(layer) for layer in head_of(encoder))
     prefix = transformer.model.base_model_prefix
     weights = {f"{prefix}.{name}": tensor.contiguous() for name, tensor in transformer.model.state_dict().items()}

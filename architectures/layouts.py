@@ -89,8 +89,18 @@ def read_checkpoint(backbone: BackboneConfig) -> Checkpoint:
                 own |= _prompts_of_words(_Reader(file, saved, positions))
     given = {key: value for key, value in own.items() if getattr(backbone, key) is None}
     settings = replace(backbone, **given)
-    check_lengths(settings, positions)
-    _check_attention(settings, _read(source, "sentence_bert_config.json", backbone).get("query_expansion"))
+    saved = _read(source, "sentence_bert_config.json", backbone)
+    file = f"backbone.name={backbone.name}: sentence_bert_config.json"
+    expansion = _Reader(file, saved, positions).mapping("query_expansion")
+    stated: dict[str, Any] = {}
+    if layout is Layout.multi_vector:
+        lengths = {
+            "query_length": expansion.get("length") or saved.get("query_length"),
+            "document_length": saved.get("document_length"),
+        }
+        stated = {key: length for key, length in lengths.items() if getattr(settings, key) is None}
+    check_lengths(replace(settings, **stated), positions)
+    _check_attention(settings, expansion or None)
     return Checkpoint(source=source, layout=layout, settings=settings, head=head, unusable=unusable)
 
 

@@ -82,6 +82,8 @@ def _read_inserting(folder: Path, layout: Format, *, trust_remote_code: bool) ->
             ids += [_filler(tokenizer)] * more
             attended += [int(attends)] * more
             scored += [True] * more
+        if layout is Format.stanford:
+            scored = [score and token != tokenizer.pad_token_id for token, score in zip(ids, scored, strict=True)]
         vectors = model(input_ids=torch.tensor([ids]), attention_mask=torch.tensor([attended])).last_hidden_state
         for layer in layers:
             vectors = layer(vectors)

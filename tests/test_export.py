@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from architectures.export import Format, how_to_load, write_layout
+from architectures.layouts import Checkpoint
 from architectures.readers import read_export, vectors_of
-from configs.schema import HeadLayer
+from configs.schema import BackboneConfig, ConfigError, HeadLayer
 from scripts import export
 from tests.architectures.test_export import LINEAR, WIDE, files_of, make_trained, read_json
 from tests.conftest import ROOT, run_command
@@ -216,6 +217,22 @@ def test_a_model_that_is_no_folder_is_written_into_the_folder_where_the_command_
     assert [path.name for path in tmp_path.iterdir()] == [folder]
 
 
+def test_the_keys_of_a_checkpoint_reach_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def read(backbone: BackboneConfig) -> Checkpoint:
+        asked.append((backbone.name, backbone.revision, backbone.trust_remote_code, backbone.allow_pickle))
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(export, "read_checkpoint", read)
+    keys = ("revision=1e3", "trust_remote_code=true", "allow_pickle=true")
+    for given in ((), keys):
+        assert refused(capsys, tmp_path, "model=someone/model", "format=pylate", *given) == "asked"
+    assert asked == [("someone/model", None, False, False), ("someone/model", "1e3", True, True)]
+
+
 @pytest.mark.parametrize("name", ["2026_01", "it's", "a=b"])
 def test_names_of_folders_are_taken_as_they_are_typed(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
@@ -404,6 +421,15 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path, capsys: pytest.
     (tmp_path / "notes.txt").touch()
     assert refused(capsys, tmp_path, f"model={tmp_path}", "format=pylate") == (
         f"backbone.name={tmp_path} is a folder without config.json: give the folder of a saved model"
+    )
+
+
+def test_a_model_without_a_head_is_refused_and_not_given_a_random_one(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "plain"))
+    assert refused(capsys, tmp_path, f"model={folder}", "format=all") == (
+        f"model={folder} has no projection head, and a new one is random: train it first"
     )
 
 

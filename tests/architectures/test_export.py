@@ -4,6 +4,7 @@ own loader and by build_encoder; each reason that a layout cannot hold a model; 
 import ast
 import json
 import re
+import shutil
 import string
 from collections.abc import Callable
 from dataclasses import replace
@@ -367,6 +368,35 @@ def test_the_tokenizer_is_written_in_words_that_older_transformers_know(
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == encoder.tokenizer(text)["input_ids"]
 
 
+# --- The backbone's config -------------------------------------------------------------------------------------------
+
+
+@OTHERS
+def test_other_bases_of_rotary_positions_are_written_in_words_that_older_transformers_know(
+    modernbert: Path, tmp_path: Path, layout: Format
+) -> None:
+    # transformers 4 reads these two and takes 160,000 and 10,000 where they are missing.
+    folder = Path(shutil.copytree(modernbert, tmp_path / "turned"))
+    config = read_json(folder / "config.json")
+    for kind, base in (("full_attention", 77.0), ("sliding_attention", 55.0)):
+        config["rope_parameters"][kind]["rope_theta"] = base
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = make_trained(folder, LINEAR, query_length=12)
+    exported = written(encoder, layout, tmp_path / "out")
+    settings = read_json(exported / "config.json")
+    assert (settings["global_rope_theta"], settings["local_rope_theta"]) == (77.0, 55.0)
+    assert_scores_equal(make_encoder(exported), encoder)
+
+
+def test_gemmas_bases_are_written_under_its_own_old_names(embeddinggemma: Path, tmp_path: Path) -> None:
+    encoder = make_encoder(embeddinggemma, LINEAR, query_prefix="", document_prefix="")
+    config = transformer_of(encoder).model.config
+    for kind, base in (("full_attention", 77.0), ("sliding_attention", 55.0)):
+        config.rope_parameters[kind]["rope_theta"] = base
+    settings = read_json(written(encoder, PYLATE, tmp_path / "out") / "config.json")
+    assert (settings["rope_theta"], settings["rope_local_base_freq"]) == (77.0, 55.0)
+
+
 # --- Read by others --------------------------------------------------------------------------------------------------
 
 # Layouts are exact for all of these; the second holds in PyLate's alone.
@@ -586,7 +616,9 @@ def test_stanfords_layout_says_why_it_cannot_hold_what_pylates_can(
 def test_stanfords_layout_cannot_hold_a_model_that_skips_nothing(tiny_bert: Path) -> None:
     # colbert-ai 0.2.22 makes its skiplist only where mask_punctuation is true, and reads it for every document:
     # docFromText ends in "AttributeError: 'Checkpoint' object has no attribute 'skiplist'".
-    assert obstacle(make_encoder(tiny_bert, LINEAR, skiplist=[]), STANFORD) is not None
+    assert obstacle(make_encoder(tiny_bert, LINEAR, skiplist=[]), STANFORD) == (
+        f"it scores every token of a document, and {S} fails to encode documents with mask_punctuation=false"
+    )
 
 
 def test_stanfords_layout_cannot_hold_an_architecture_that_its_class_factory_does_not_find(
@@ -601,13 +633,29 @@ def test_stanfords_layout_cannot_hold_an_architecture_that_its_class_factory_doe
     assert obstacle(encoder, STANFORD) == f"{S} finds no class Gemma3TextModel in transformers"
 
 
-def test_stanfords_layout_cannot_hold_a_class_that_transformers_has_not(tiny_bert: Path) -> None:
-    class OwnModel(BertModel):
-        pass
-
+def test_stanfords_layout_cannot_fill_queries_without_a_mask_token(tiny_bert: Path) -> None:
     encoder = make_encoder(tiny_bert, LINEAR)
-    transformer_of(encoder).model.__class__ = OwnModel
-    assert obstacle(encoder, STANFORD) == f"{S} finds no class OwnModel in transformers"
+    encoder.tokenizer.mask_token, encoder.tokenizer.eos_token = None, "[SEP]"
+    assert obstacle(encoder, STANFORD) == f"its tokenizer has no mask token, with which {S} fills queries"
+    assert obstacle(encoder, PYLATE) is None
+
+
+def test_stanfords_layout_pads_with_another_token_than_the_mask_which_pylate_saves_as_padding(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    encoder = make_encoder(tiny_bert, LINEAR)
+    encoder.tokenizer.pad_token = "[MASK]"
+    write_layout(encoder, STANFORD, tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "[PAD]"
+    transformer_of(encoder).model.config.pad_token_id = None
+    assert obstacle(encoder, STANFORD) == f"its padding is the mask token, and {S} scores no token that is padding"
+
+
+@pytest.mark.parametrize("name", ["OwnModel", "ElectraModel"])
+def test_stanfords_layout_cannot_hold_a_class_that_is_not_the_one_of_its_config(tiny_bert: Path, name: str) -> None:
+    encoder = make_encoder(tiny_bert, LINEAR)
+    transformer_of(encoder).model.__class__ = type(name, (BertModel,), {})
+    assert obstacle(encoder, STANFORD) == f"{S} finds no class {name} in transformers"
     assert obstacle(encoder, PYLATE) is None
 
 

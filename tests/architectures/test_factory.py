@@ -9,6 +9,7 @@ import shutil
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -502,6 +503,38 @@ def test_what_flash_attention_2_is_said_to_need_is_enough(
     assert backbone_of(encoder).config._attn_implementation == "flash_attention_2"
 
 
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_flash_attention_2_that_is_not_installed_is_refused_with_what_to_do(tiny_bert: Path) -> None:
+    backbone = backbone_config(tiny_bert, attention=Attention.flash_attention_2, expansion=Expansion.none)
+    message = r"^backbone\.attention=flash_attention_2 cannot run \(.*\): install flash-attn, or use sdpa$"
+    with pytest.raises(ConfigError, match=message):
+        build_encoder(backbone, head_config())
+
+
+@pytest.mark.parametrize(
+    ("keys", "length", "attended"),
+    [
+        ([], 12, False),
+        (["backbone.attend_to_expansion=true"], 12, True),
+        (["backbone.expansion=min"], 12, False),
+        (["backbone.query_length=7"], None, False),
+    ],
+)
+def test_a_cap_on_queries_that_are_filled_to_fewer_tokens_stays_until_a_length_is_given(
+    build: Build, tmp_path: Path, keys: list[str], length: int | None, attended: bool
+) -> None:
+    saved = build("backbone.expansion=min", "backbone.query_length=6")
+    transformer: nn.Module = saved[0]
+    assert isinstance(transformer, Transformer)
+    transformer.query_length = 12
+    saved.save_pretrained(str(tmp_path), create_model_card=False)
+    encoder = build(*with_own_settings(tmp_path), *keys)
+    short, long = encode(encoder, "cat", "query"), encode(encoder, "cat " * 40, "query")
+    assert short.tokens == ["[CLS]", "[Q] ", "cat", "[SEP]", *["[MASK]"] * (2 if length else 3)]
+    assert short.attended == [True] * 4 + [attended] * (2 if length else 3)
+    assert len(long.tokens) == (length or 43)
+
+
 def test_keys_that_are_given_replace_what_the_checkpoint_says(build: Build, checkpoint: Checkpoint) -> None:
     encoder = build(
         *with_own_settings(checkpoint.folder),
@@ -775,6 +808,34 @@ def test_a_prefix_of_more_than_one_token_is_refused(build: Build, modernbert: Pa
         build(f"backbone.name={modernbert}", f"backbone.{side}_prefix='[unused0] '")
 
 
+@pytest.mark.parametrize("prefix", ["[Q] [ask] ", "what is ", " "])
+def test_a_prefix_with_a_space_within_is_refused(build: Build, prefix: str) -> None:
+    message = (
+        f"backbone.document_prefix={prefix!r} must be one token, without a space within: "
+        "use a marker such as '[Q] ' or an empty text"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        build(f"backbone.document_prefix='{prefix}'")
+
+
+def test_pylates_prefix_stands_before_a_prompt_of_words_and_one_of_the_config_alone(
+    build: Build, pylate: Checkpoint, copy: Copy
+) -> None:
+    folder = copy(pylate.folder)
+    edit(folder / "config_sentence_transformers.json", prompts={"query": "what is ", "document": "[D] the "})
+    own = build(*with_own_settings(folder))
+    assert encode(own, "cat", "query").tokens[:6] == ["[CLS]", "[Q] ", "what", "is", "cat", "[SEP]"]
+    assert encode(own, "cat", "document").tokens == ["[CLS]", "[D] ", "the", "cat", "[SEP]"]
+    given = build(*with_own_settings(folder), "backbone.document_prefix='[other] '")
+    assert encode(given, "cat", "document").tokens == ["[CLS]", "[other] ", "cat", "[SEP]"]
+
+
+def test_a_checkpoint_keeps_the_name_of_its_default_prompt(embeddinggemma: Path, copy: Copy) -> None:
+    folder = copy(embeddinggemma)
+    edit(folder / "config_sentence_transformers.json", default_prompt_name="Clustering")
+    assert build_encoder(backbone_config(folder), head_config()).default_prompt_name == "Clustering"
+
+
 def test_new_prefixes_add_two_rows_to_a_full_embedding_table_and_change_no_other(build: Build, tiny_bert: Path) -> None:
     stored = load_file(tiny_bert / "model.safetensors")["embeddings.word_embeddings.weight"]
     table = embedding_table(build())
@@ -862,6 +923,39 @@ def test_unknown_skiplist_words_are_named_and_dropped_and_a_real_unknown_token_s
     assert warning == "backbone.skiplist: dropped zebra giraffe, no single tokens of this vocabulary"
     assert document.tokens == ["[CLS]", "[D] ", "the", "cat", "[UNK]", "[SEP]"]
     assert document.scored_tokens == ["[CLS]", "[D] ", "cat", "[UNK]", "[SEP]"]
+
+
+def test_marks_that_were_not_asked_for_are_dropped_without_a_word(
+    build: Build, xlm_roberta: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = build(f"backbone.name={xlm_roberta}", "backbone.document_length=32")
+    document = encode(encoder, "a cat, a cat!", "document")
+    assert {",", "!"} & set(document.tokens) == {",", "!"}
+    assert not {",", "!"} & set(document.scored_tokens)
+    assert not [record for record in caplog.records if record.name == "architectures.factory"]
+
+
+def test_a_stanford_colbert_skips_the_first_token_of_each_mark_typed_alone(xlm_roberta: Path, copy: Copy) -> None:
+    # Its own rule: in SentencePiece a mark alone is a space and the mark, so every lone space goes and marks stay.
+    folder = copy(xlm_roberta)
+    head = {"linear.weight": torch.eye(8, 32)}
+    rewrite(folder / "model.safetensors", lambda weights: {f"roberta.{name}": weights[name] for name in weights} | head)
+    edit(folder / "config.json", architectures=["HF_ColBERT"])
+    document = encode(build_encoder(backbone_config(folder), head_config()), "a cat , 1", "document")
+    assert document.tokens == ["<s>", "[unused1]", "▁a", "▁cat", "▁", ",", "▁", "<unk>", "</s>"]
+    assert document.scored_tokens == ["<s>", "[unused1]", "▁a", "▁cat", ",", "<unk>", "</s>"]
+
+
+def test_a_mark_outside_a_stanford_colberts_vocabulary_leaves_unknown_tokens_scored(
+    stanford: Checkpoint, copy: Copy
+) -> None:
+    folder = copy(stanford.folder)
+    words = json.loads((folder / "tokenizer.json").read_text())
+    del words["model"]["vocab"]["~"]
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    document = encode(build_encoder(backbone_config(folder), head_config()), "cat ~ Ω , a", "document")
+    assert document.tokens == ["[CLS]", "[unused1]", "cat", "[UNK]", "[UNK]", ",", "a", "[SEP]"]
+    assert document.scored_tokens == ["[CLS]", "[unused1]", "cat", "[UNK]", "[UNK]", "a", "[SEP]"]
 
 
 def test_unknown_skiplist_words_are_not_saved(build: Build, tmp_path: Path) -> None:

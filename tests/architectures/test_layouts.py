@@ -284,6 +284,25 @@ def test_a_length_beyond_the_positions_that_a_file_states_is_refused(
     assert settings_of(backbone_config(found, document_length=64))["document_length"] == 64
 
 
+@pytest.mark.parametrize("key", ["query_length", "document_length"])
+def test_a_length_beyond_the_positions_that_a_multi_vector_encoder_states_is_refused(
+    multi_vector_files: Path, key: str
+) -> None:
+    edit(multi_vector_files / "sentence_bert_config.json", query_expansion=None, **{key: 65})
+    with pytest.raises(ConfigError, match=r"exceeds the backbone's 64 positions"):
+        read_checkpoint(backbone_config(multi_vector_files))
+    given: dict[str, Any] = {key: 64}
+    assert settings_of(backbone_config(multi_vector_files, **given))[key] == 64
+
+
+def test_an_expansion_of_a_multi_vector_encoder_that_is_no_object_is_refused(multi_vector_files: Path) -> None:
+    edit(multi_vector_files / "sentence_bert_config.json", query_expansion="fixed")
+    refuses(
+        backbone_config(multi_vector_files),
+        ": sentence_bert_config.json: query_expansion='fixed' must be an object: mend the file, or download it again",
+    )
+
+
 # PyLate
 
 
@@ -537,6 +556,53 @@ def test_a_dense_layer_that_states_no_activation_has_the_librarys_tanh(embedding
     assert len(read_checkpoint(backbone_config(found)).head) == 2
 
 
+@pytest.mark.parametrize("value", [None, 0, -32, 1.5, "32", True])
+@pytest.mark.parametrize("key", ["in_features", "out_features"])
+def test_a_layer_without_a_width_is_refused_by_its_file(
+    embeddinggemma: Path, copy: Copy, key: str, value: object
+) -> None:
+    found = copy(embeddinggemma)
+    edit(found / "2_Dense" / "config.json", **{key: value})
+    stated = 0 if value is None else value
+    refuses(
+        backbone_config(found),
+        f": 2_Dense/config.json: {key}={stated!r} must be a whole number above 0: mend the file, or download it again",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "known"),
+    [
+        ("activation", "Softmax", "Identity, ReLU, LeakyReLU, GELU, SiLU, Mish, Tanh, Sigmoid"),
+        ("activation", None, "Identity, ReLU, LeakyReLU, GELU, SiLU, Mish, Tanh, Sigmoid"),
+        ("norm", "BatchNorm1d", "none, LayerNorm, RMSNorm"),
+    ],
+)
+def test_a_layer_of_our_own_with_an_unknown_class_is_refused_by_its_file(
+    tiny_bert: Path, copy: Copy, key: str, value: object, known: str
+) -> None:
+    found = copy(tiny_bert)
+    write_modules(found, "sentence_transformers.models.Transformer", "projection.Projection")
+    (found / "1_Projection").mkdir()
+    layer = {"in_features": 32, "out_features": 8, "activation": "GELU", "norm": "none"}
+    write(found / "1_Projection" / "config.json", layer)
+    assert read_checkpoint(backbone_config(found)).head == (("projection.Projection", "1_Projection"),)
+    write(found / "1_Projection" / "config.json", layer | {key: value})
+    refuses(
+        backbone_config(found),
+        f": 1_Projection/config.json: {key}={value!r} must be one of {known}: mend the file, or download it again",
+    )
+
+
+def test_a_multi_vector_encoder_whose_vectors_are_of_any_length_is_refused(multi_vector_files: Path) -> None:
+    modules = json.loads((multi_vector_files / "modules.json").read_text())
+    write(multi_vector_files / "modules.json", [entry for entry in modules if "normalize" not in entry["type"]])
+    refuses(
+        backbone_config(multi_vector_files),
+        ": modules.json has no Normalize: its vectors are of any length, and those trained here are of unit length",
+    )
+
+
 def test_a_dense_layer_without_its_config_is_refused(pylate: Checkpoint, copy: Copy) -> None:
     found = copy(pylate.folder)
     (found / "2_Dense" / "config.json").unlink()
@@ -646,6 +712,15 @@ def test_flash_attention_2_is_taken_where_attention_sees_the_expansion_or_there_
 ) -> None:
     flash = Attention.flash_attention_2
     assert read_checkpoint(backbone_config(folder(name), attention=flash, **keys)).settings.attention is flash
+
+
+@pytest.mark.parametrize("expansion", [{"strategy": "min", "attend": True, "length": 9}, None])
+def test_flash_attention_2_is_taken_where_a_multi_vector_encoder_attends_to_its_expansion_or_has_none(
+    multi_vector_files: Path, expansion: object
+) -> None:
+    edit(multi_vector_files / "sentence_bert_config.json", query_expansion=expansion)
+    flash = Attention.flash_attention_2
+    assert read_checkpoint(backbone_config(multi_vector_files, attention=flash)).settings.attention is flash
 
 
 # --- The Hub, and the cost -------------------------------------------------------------------------------------------

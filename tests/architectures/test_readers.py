@@ -179,6 +179,16 @@ def test_the_own_layout_is_read_bit_by_bit_as_the_encoder_writes_it(tiny_bert: P
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+def test_queries_are_filled_with_the_end_token_where_there_is_no_mask_token(tiny_bert: Path, tmp_path: Path) -> None:
+    encoder = make_trained(tiny_bert, LINEAR, query_length=10)
+    encoder.tokenizer.mask_token, encoder.tokenizer.eos_token = None, "[SEP]"
+    folder = written(encoder, PYLATE, tmp_path / "out")
+    ids = encoder.preprocess(["what is"], prompt=encoder.prompts["query"], task="query")["input_ids"][0].tolist()
+    tokens = ["[CLS]", "[Q] ", "what", "is", "[SEP]", *["[SEP]"] * 5]
+    assert ids == [vocabulary(encoder)[token] for token in tokens]
+    assert difference(encoder, folder, PYLATE) < 1e-5
+
+
 # --- What is wrong is seen -------------------------------------------------------------------------------------------
 
 TEXTS = {
