@@ -227,10 +227,13 @@ def test_the_keys_of_a_checkpoint_reach_it(
         raise ConfigError("asked")
 
     monkeypatch.setattr(export, "read_checkpoint", read)
-    keys = ("revision=1e3", "trust_remote_code=true", "allow_pickle=true")
-    for given in ((), keys):
+    for given in ([], ["trust_remote_code=true"], ["revision=1e3", "allow_pickle=true"]):
         assert refused(capsys, tmp_path, "model=someone/model", "format=pylate", *given) == "asked"
-    assert asked == [("someone/model", None, False, False), ("someone/model", "1e3", True, True)]
+    assert asked == [
+        ("someone/model", None, False, False),
+        ("someone/model", None, True, False),
+        ("someone/model", "1e3", False, True),
+    ]
 
 
 @pytest.mark.parametrize("name", ["2026_01", "it's", "a=b"])

@@ -240,7 +240,8 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
-        patch.setattr(sys, "path", [*sys.path])
+        # Without the folders of code that another test module has left.
+        patch.setattr(sys, "path", [path for path in sys.path if not Path(path, "transformers_modules").is_dir()])
         patch.setattr(sys, "argv", ["train.py"])
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
             patch.delitem(sys.modules, name)
@@ -313,8 +314,8 @@ def train_here(folder: Path, *arguments: str) -> Run:
     seen: dict[str, Any] = {}
     build_encoder, build_batches = architectures.factory.build_encoder, trainer.loop.build_batches
 
-    def build(*given: Any) -> MultiVectorEncoder:
-        encoder = seen["encoder"] = build_encoder(*given)
+    def build(*given: Any, **keys: Any) -> MultiVectorEncoder:
+        encoder = seen["encoder"] = build_encoder(*given, **keys)
         seen["start"] = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
         seen["start_scores"] = scores(encoder)
         return encoder

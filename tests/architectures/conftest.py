@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ def copy(tmp_path: Path) -> Copy:
 def own_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code in models that stock classes are told to trust is copied here, not into the user's folder."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    kept = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", kept)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def backbone_config(name: str | Path, **keys: Any) -> BackboneConfig:
