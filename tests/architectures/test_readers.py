@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from architectures.export import Format
 from architectures.readers import read_export, vectors_of
@@ -187,6 +187,19 @@ def test_queries_are_filled_with_the_end_token_where_there_is_no_mask_token(tiny
     tokens = ["[CLS]", "[Q] ", "what", "is", "[SEP]", *["[SEP]"] * 5]
     assert ids == [vocabulary(encoder)[token] for token in tokens]
     assert difference(encoder, folder, PYLATE) < 1e-5
+
+
+def test_a_model_that_pads_with_its_mask_token_keeps_its_expansion_in_stanfords_layout(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    # PyLate saves a tokenizer so, and Stanford's ColBERT scores no token that is padding.
+    encoder = make_trained(tiny_bert, LINEAR, query_length=10)
+    encoder.tokenizer.pad_token = "[MASK]"
+    folder = written(encoder, STANFORD, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(folder).pad_token == "[PAD]"
+    assert difference(encoder, folder, STANFORD) < 1e-5
+    change_json("tokenizer_config.json", pad_token="[MASK]")(folder)
+    assert difference(encoder, folder, STANFORD) > 1e-3
 
 
 # --- What is wrong is seen -------------------------------------------------------------------------------------------
