@@ -15,7 +15,6 @@ from architectures.projection import Projection
 
 # An index of ColBERTv2 (Santhanam et al. 2022, section 3.3) keeps the number of a centroid and a residual per vector.
 CENTROID_BYTES = 4
-MEGABYTE = 1e6
 
 
 def describe_modules(encoder: MultiVectorEncoder) -> list[tuple[str, str, int]]:

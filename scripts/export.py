@@ -188,7 +188,7 @@ def export(
             source / "README.md",
             unfinished / "README.md",
             f"In the layout of {layout.value}; read back, scores over a fixed set of texts are at most "
-            f"{difference:.1e} apart from the model's own.\n\n"
+            f"{difference:.1e} apart from the model's own.{_changes(options)}\n\n"
             f"```python\n{how_to_load(layout, str(folder), trust=trusted)}\n```\n",
         )
         unfinished.rename(folder)
@@ -200,6 +200,13 @@ def export(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return difference
+
+
+def _changes(options: Options) -> str:
+    """What the card of the model, which follows, does not know."""
+    changes = ["its head is written as one layer"] if options.fold else []
+    changes += [f"its vectors are cut to {options.width} components"] if options.width is not None else []
+    return f" Of the model below, {' and '.join(changes)}." if changes else ""
 
 
 def scores_of(read: Callable[..., list[Tensor]]) -> Tensor:
