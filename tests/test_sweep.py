@@ -35,7 +35,8 @@ def tiny_jobs(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     """Arguments that make every job a run of seconds: tiny weights, eight pairs, scored on themselves."""
     path = write_pairs(tmp_path_factory.mktemp("pairs"))
     return [
-        # Each job is named and placed by the sweep.
+        # Each job is named and placed by the sweep, after the preset that is typed.
+        "backbone=minilm",
         *(item for item in tiny_overrides(tiny_bert, path) if not item.startswith(("name=", "output_dir="))),
         *("data=pairs", f"data.path={path}", f"data.evaluation_path={path}", "trainer.batch_size=4"),
     ]
