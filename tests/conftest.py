@@ -1,5 +1,6 @@
 """What several tests need: a tiny backbone on disk, configs without the command line, and the command itself."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -108,6 +109,25 @@ def run_command(
         preexec_fn=before,
         check=False,
     )
+
+
+@pytest.fixture
+def as_loud_as_before() -> Iterator[None]:
+    """Scripts that are called here, and not typed, silence the libraries; the next test hears them again."""
+    from transformers.utils import logging as transformers_logging
+
+    logger, verbosity = logging.getLogger("sentence_transformers"), transformers_logging.get_verbosity()
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with HF_HUB_OFFLINE, which is read once, when the library is imported."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,10 @@
 
 import errno
 import json
-import logging
 import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from architectures.export import Format, how_to_load, write_layout
 from architectures.layouts import Checkpoint
@@ -46,19 +43,7 @@ Trained on text.
 """
 
 
-@pytest.fixture(autouse=True)
-def _as_loud_as_before() -> Iterator[None]:
-    logger, verbosity = logging.getLogger("sentence_transformers"), transformers_logging.get_verbosity()
-    level = logger.level
-    yield
-    logger.setLevel(level)
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("as_loud_as_before", "unreachable_hub")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """scripts/inspect_model.py as it is typed: what it says of a model, and what it refuses in one line."""
 
-import logging
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder
-from transformers.utils import logging as transformers_logging
 
 from configs.schema import Expansion
 from scripts import inspect_model
@@ -24,19 +21,7 @@ __all__ = ["modernbert", "stanford"]
 PROGRAM = (sys.executable, str(ROOT / "scripts" / "inspect_model.py"))
 
 
-@pytest.fixture(autouse=True)
-def _as_loud_as_before() -> Iterator[None]:
-    logger, verbosity = logging.getLogger("sentence_transformers"), transformers_logging.get_verbosity()
-    level = logger.level
-    yield
-    logger.setLevel(level)
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("as_loud_as_before", "unreachable_hub")
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[list[str]], dict[str, str]]:
