@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scripts import benchmark_maxsim as benchmark
+from scripts import check_maxsim, compare_maxsim_training
 from scripts.compare_maxsim_training import differences
 from scripts.maxsim_clock import measure
 from scripts.maxsim_contestants import (
@@ -214,12 +216,12 @@ def test_a_wrong_value_names_its_key_and_rule(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-@pytest.mark.parametrize("script", ["check_maxsim", "compare_maxsim_training"])
-def test_without_a_gpu_the_checks_are_one_line_and_status_2(script: str) -> None:
-    command = [sys.executable, "-m", f"scripts.{script}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == f"{script} needs a GPU: torch sees none\n"
+@pytest.mark.parametrize("script", [check_maxsim, compare_maxsim_training], ids=lambda script: script.__name__)
+def test_without_a_gpu_the_checks_are_one_line_and_status_2(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main([]) == 2
+    assert capsys.readouterr().err == f"{script.__name__.removeprefix('scripts.')} needs a GPU: torch sees none\n"
 
 
 def test_the_scripts_need_torch_alone() -> None:

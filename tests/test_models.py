@@ -6,18 +6,16 @@ import math
 import re
 import shlex
 import string
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
@@ -34,7 +32,7 @@ from architectures.readers import vectors_of
 from scripts.export import scores_of
 from scripts.models import compose_config, load_model
 from tests.checkpoints import Row, modernbert, pylate, stanford
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, lines_of, run_command, type_here
 from tests.systems import (
     answerai_colbert_small,
     bert_base,
@@ -69,6 +67,8 @@ __all__ = [
     "sentence_transformer",
     "stanford",
 ]
+
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 SUBJECTS = ["cat", "dog", "fish", "animal"]
 VERBS = ["barks", "meows", "swims", "is the cat", "is the dog"]
@@ -203,23 +203,10 @@ SYSTEMS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Typed:
-    """What a command answered."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-    @property
-    def lines(self) -> list[str]:
-        return [" ".join(line.split()) for line in self.stdout.splitlines()]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Run:
     """A run that is over: the encoder as it was trained, in memory, and as it was at the start."""
 
-    done: Typed
+    done: CompletedProcess[str]
     folder: Path
     encoder: MultiVectorEncoder
     start: dict[str, Tensor]
@@ -229,23 +216,6 @@ class Run:
     @property
     def result(self) -> Any:
         return json.loads((self.folder / "result.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What libraries keep of data and of code in models stays out of the user's folder and of other tests."""
-    folder = tmp_path_factory.mktemp("caches")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
-        # Without the folders of code that another test module has left.
-        patch.setattr(sys, "path", [path for path in sys.path if not Path(path, "transformers_modules").is_dir()])
-        patch.setattr(sys, "argv", ["train.py"])
-        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-            patch.delitem(sys.modules, name)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -294,21 +264,6 @@ def colbertv2_run(run_of: Callable[[str], Run]) -> Run:
     return run_of("colbertv2")
 
 
-def type_here(*arguments: str) -> Typed:
-    """`python train.py ...` in this process: one of its own takes seconds to import."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    # A process keeps the precision of its first run.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        with redirect_stdout(stdout), redirect_stderr(stderr):
-            status = train.main(list(arguments))
-    except SystemExit as end:
-        status = int(end.code or 0)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return Typed(status=status, stdout=stdout.getvalue(), stderr=stderr.getvalue())
-
-
 def train_here(folder: Path, *arguments: str) -> Run:
     """Type a run and keep the encoder that it trains."""
     seen: dict[str, Any] = {}
@@ -329,7 +284,7 @@ def train_here(folder: Path, *arguments: str) -> Run:
         patch.setattr(architectures.factory, "build_encoder", build)
         patch.setattr(trainer.loop, "build_batches", batches)
         done = type_here(*arguments, f"output_dir={folder}")
-    assert done.status == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return Run(done=done, folder=folder, **seen)
 
 
@@ -393,7 +348,7 @@ def layer_line(row: Row) -> str:
 
 def test_the_start_up_table_shows_the_layers_of_the_page(run: Run, system: str) -> None:
     expected = SYSTEMS[system]
-    header, backbone, *rest = run.done.lines
+    header, backbone, *rest = lines_of(run.done)
     assert header == "module what it does parameters"
     assert re.fullmatch(rf"Transformer {expected.backbone}, 32 wide [0-9,]+", backbone)
     layers = [layer_line(row) for row in expected.rows]
@@ -455,7 +410,7 @@ def test_code_of_the_checkpoint_is_refused_in_one_line_that_says_how_to_allow_it
     done = type_here(
         "backbone=jina_colbert_v2", f"backbone.name={jina_colbert_v2}", *pairs, f"output_dir={tmp_path}/run"
     )
-    assert done.status == 2
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
         f"error: backbone.name={jina_colbert_v2} runs Python code of its own (configuration_tiny.py, "
@@ -611,9 +566,9 @@ def minilm() -> dict[str, Any]:
     return own
 
 
-def backbone_of(done: Typed) -> Any:
+def backbone_of(done: CompletedProcess[str]) -> Any:
     """The backbone that `--cfg job` prints."""
-    assert done.status == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     composed: Any = OmegaConf.create(done.stdout)
     return OmegaConf.to_container(composed.backbone)
 
@@ -644,7 +599,7 @@ def test_a_name_beside_its_preset_keeps_the_keys_of_the_preset(
     assert composed["document_length"] == 96
     assert composed["skiplist"] == []  # what configs/pairing says of this backbone on this data
     refused = type_here(*arguments, *pairs, "backbone.document_length=64", f"output_dir={tmp_path}/run")
-    assert refused.status == 2
+    assert refused.returncode == 2
     assert refused.stderr.startswith(f"error: backbone.sha256={minilm['sha256']}: {colbertv2}/model.safetensors has ")
     assert refused.stderr.count("\n") == 1
 
@@ -672,7 +627,7 @@ def test_only_a_name_without_a_preset_gets_the_preset_without_settings(
 def test_a_name_alone_in_a_sweep_brings_its_own_settings_to_the_processes_of_the_jobs(
     pylate_mlp: Path, pairs: list[str], tmp_path: Path
 ) -> None:
-    done = run_command(
+    done = type_here(
         *("-m", f"backbone.name={pylate_mlp}", "seed=3", *pairs, f"hydra.sweep.dir={tmp_path}/sweep"), cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -710,7 +665,7 @@ def test_a_preset_without_the_network_says_in_one_line_what_cannot_be_reached(pr
     composed = backbone_of(type_here(f"backbone={preset}", "--cfg", "job"))
     assert composed["name"] == PUBLISHED[preset]
     done = type_here(f"backbone={preset}", f"output_dir={tmp_path}/run")
-    assert done.status == 2
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(
         f"error: backbone.name={PUBLISHED[preset]} is neither a folder, an installed package "
@@ -764,7 +719,7 @@ def test_a_head_of_the_study_trains_and_the_lines_of_its_card_give_its_scores(
 ) -> None:
     run = train_here(tmp_path / "run", f"backbone.name={tiny_bert}", f"head=study/{head}", *pairs, "trainer.steps=3")
     assert run.result["steps"] == 3
-    assert run.done.lines[2 : 2 + len(STUDY[head])] == STUDY[head]
+    assert lines_of(run.done)[2 : 2 + len(STUDY[head])] == STUDY[head]
     assert (scores(run.encoder) - run.start_scores).abs().max() > 1e-3
     card = lines_of_the_card(run.folder / "model")
     assert held_by(card) == (OWN if head in NATIVE else ALL if head == "linear" else TWO)

@@ -19,9 +19,11 @@ from torch import nn
 
 from configs.schema import Config
 from scripts.kill_and_resume import CLOCK
-from tests.conftest import ROOT, run_command, tiny_overrides
-from tests.test_train import read_json, read_lines, refused, write_pairs
+from tests.conftest import ENVIRONMENT, ROOT, refused, run_command, tiny_overrides, type_here
+from tests.test_train import read_json, read_lines, write_pairs
 from trainer.optim import build_optimizer, build_schedule
+
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 # A second of training, so that its moments can be met; the tiny BERT drops a tenth of its activations.
 STEPS, SAVE_EVERY = 120, 10
@@ -68,7 +70,7 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -160,7 +162,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_and_equals_the_st
     wait_for(lambda: metrics_lines(folder) >= 5, process)
     kill(process)
     assert checkpoints(folder) == []
-    done = run_command(f"resume={folder}")
+    done = type_here(f"resume={folder}")
     assert_finished(done)
     assert "no checkpoint was saved: the run starts again at its first step\n" in done.stdout
     assert_equal(folder, straight)
@@ -179,7 +181,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
         whole = folder / "checkpoints" / f"step_{newest:08d}"
         unfinished = Path(shutil.copytree(whole, whole.with_name(f"step_{newest + SAVE_EVERY:08d}.unfinished")))
         (unfinished / "state.json").unlink()
-    done = run_command(f"resume={folder}")
+    done = type_here(f"resume={folder}")
     assert_finished(done)
     assert f"resumed after step {newest}, from {folder}/checkpoints/step_{newest:08d}\n" in done.stdout
     assert_equal(folder, straight)
@@ -192,7 +194,7 @@ def test_a_killed_run_whose_folder_was_moved_goes_on_where_it_lies_now(
     folder = Path(shutil.copytree(killed, tmp_path / "moved"))
     newest = checkpoints(folder)[0]
     # By a name that holds from here alone, as a person types it.
-    done = run_command("resume=moved/", cwd=tmp_path)
+    done = type_here("resume=moved/", cwd=tmp_path)
     assert_finished(done)
     assert f"resumed after step {newest}, from moved/checkpoints/step_{newest:08d}\n" in done.stdout
     assert "changed  " not in done.stdout
@@ -207,7 +209,7 @@ def test_a_killed_run_whose_folder_was_moved_goes_on_where_it_lies_now(
 def test_a_killed_run_goes_on_under_any_name_of_its_folder(name: str, killed: Path, tmp_path: Path) -> None:
     shutil.copytree(killed, tmp_path / name)
     # The name has been read, where it is the change that is refused.
-    assert refused(run_command(f"resume={name}", "seed=2", cwd=tmp_path)).startswith(
+    assert refused(type_here(f"resume={name}", "seed=2", cwd=tmp_path)).startswith(
         f"resume={name} cannot change seed=2: only trainer.steps"
     )
 
@@ -222,7 +224,7 @@ def test_a_newest_checkpoint_that_is_cut_short_is_left_out_for_the_one_before(
     # What was being written when the machine went down.
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 999, "train/lo')
-    done = run_command(f"resume={folder}")
+    done = type_here(f"resume={folder}")
     assert_finished(done)
     assert f"left out: {damaged.parent} is not whole (" in done.stdout
     assert f"resumed after step {older}, from {folder}/checkpoints/step_{older:08d}\n" in done.stdout
@@ -298,7 +300,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_whole(killed: Path, straigh
     whole = {name: content for name, content in before.items() if ".unfinished" not in name}
     assert contents(folder / "checkpoints") == whole
 
-    done = run_command(f"resume={folder}")
+    done = type_here(f"resume={folder}")
     assert_finished(done)
     assert f"resumed after step {newest}, " in done.stdout
     assert_equal(folder, straight)
@@ -314,7 +316,7 @@ def test_a_run_that_is_made_longer_follows_the_new_schedule_at_once(
     newest, steps = checkpoints(folder)[0], STEPS + 15
     pairs = next(line for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("  path: "))
     data = Path(shutil.copy(pairs.removeprefix("  path: "), tmp_path / "moved.jsonl"))
-    done = run_command(f"resume={folder}", f"trainer.steps={steps}", f"data.path={data}", "tracker.group=heads")
+    done = type_here(f"resume={folder}", f"trainer.steps={steps}", f"data.path={data}", "tracker.group=heads")
     assert_finished(done)
     assert [line for line in done.stdout.splitlines() if line.startswith("changed  ")] == [
         f"changed  data.path: {pairs.removeprefix('  path: ')} -> {data}",
@@ -370,7 +372,7 @@ def test_a_change_that_makes_another_run_is_refused_and_leaves_the_folder_alone(
     arguments: list[str], message: str, killed: Path, tmp_path: Path
 ) -> None:
     before = contents(killed)
-    assert refused(run_command(f"resume={killed}", *arguments)).startswith(message.format(folder=killed))
+    assert refused(type_here(f"resume={killed}", *arguments)).startswith(message.format(folder=killed))
     assert contents(killed) == before
 
 
@@ -379,7 +381,7 @@ def test_a_change_that_makes_another_run_is_refused_and_leaves_the_folder_alone(
 
 def test_a_finished_run_does_not_go_on(straight: Path) -> None:
     before = contents(straight)
-    assert refused(run_command(f"resume={straight}", "trainer.steps=200")) == (
+    assert refused(type_here(f"resume={straight}", "trainer.steps=200")) == (
         f"resume={straight} is finished: train its model further with backbone=checkpoint "
         f"backbone.name={straight}/model, or repeat it with rerun={straight} output_dir=..."
     )
@@ -388,7 +390,7 @@ def test_a_finished_run_does_not_go_on(straight: Path) -> None:
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert refused(run_command(f"resume={tmp_path}")) == (
+    assert refused(type_here(f"resume={tmp_path}")) == (
         f"resume={tmp_path}: the folder has no config.yaml: give the output folder of a run"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -397,7 +399,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_another_process_writes_is_refused(killed: Path) -> None:
     before = contents(killed)
     with FileLock(killed / ".lock"):
-        assert refused(run_command(f"resume={killed}")) == (
+        assert refused(type_here(f"resume={killed}")) == (
             f"output_dir={killed} is being written by another process: wait for its end, or stop it"
         )
     assert contents(killed) == before
@@ -405,7 +407,7 @@ def test_a_folder_that_another_process_writes_is_refused(killed: Path) -> None:
 
 def test_a_new_run_in_the_folder_of_a_killed_one_is_told_how_that_goes_on(killed: Path, keys: list[str]) -> None:
     before = contents(killed)
-    message = refused(run_command(*keys, f"output_dir={killed}"))
+    message = refused(type_here(*keys, f"output_dir={killed}"))
     assert message.startswith(f"output_dir={killed} holds a run that did not finish (config.yaml, metrics.jsonl, ")
     assert f"): resume={killed} goes on with it; else set another name= or output_dir=" in message
     assert contents(killed) == before

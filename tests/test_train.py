@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from sentence_transformers import MultiVectorEncoder
 
-from tests.conftest import run_command, tiny_overrides
+from tests.conftest import lines_of, refused, run_command, tiny_overrides, type_here
+
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 PAIRS = [
     ("what is a cat", "a cat is an animal that meows", "a fish swims"),
@@ -115,7 +117,7 @@ def test_the_embedded_default_trains_real_weights_and_leaves_a_model_that_stock_
 
 
 def test_the_saved_model_scores_as_the_run_said(tiny_run: list[str], tmp_path: Path) -> None:
-    done = run_command(*tiny_run)
+    done = type_here(*tiny_run)
     assert done.returncode == 0, done.stderr
     model = MultiVectorEncoder(str(tmp_path / "run" / "model"), device="cpu")
     documents = list(dict.fromkeys(text for _, positive, negative in PAIRS for text in (positive, negative)))
@@ -129,9 +131,9 @@ def test_the_saved_model_scores_as_the_run_said(tiny_run: list[str], tmp_path: P
 
 
 def test_a_rerun_repeats_every_loss(tiny_run: list[str], tmp_path: Path) -> None:
-    first = run_command(*tiny_run, "seed=7")
+    first = type_here(*tiny_run, "seed=7")
     assert first.returncode == 0, first.stderr
-    again = run_command(f"rerun={tmp_path}/run", f"output_dir={tmp_path}/again", cwd=tmp_path)
+    again = type_here(f"rerun={tmp_path}/run", f"output_dir={tmp_path}/again", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     losses = [
         [line.get("train/loss") for line in read_lines(tmp_path / run / "metrics.jsonl")] for run in ("run", "again")
@@ -142,7 +144,7 @@ def test_a_rerun_repeats_every_loss(tiny_run: list[str], tmp_path: Path) -> None
 
 
 def test_twenty_steps_on_pairs_of_ones_own_learn_them(tiny_run: list[str], tmp_path: Path) -> None:
-    done = run_command(*tiny_run, "trainer.steps=20", "optimizer.learning_rate=3e-3", "evaluation.every_steps=5")
+    done = type_here(*tiny_run, "trainer.steps=20", "optimizer.learning_rate=3e-3", "evaluation.every_steps=5")
     assert done.returncode == 0, done.stderr
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     losses = [line["train/loss"] for line in lines[1:]]
@@ -153,14 +155,14 @@ def test_twenty_steps_on_pairs_of_ones_own_learn_them(tiny_run: list[str], tmp_p
 
 
 def test_epochs_set_the_number_of_steps(tiny_run: list[str], tmp_path: Path) -> None:
-    done = run_command(*tiny_run, "trainer.steps=null", "trainer.epochs=1.5", "trainer.batch_size=3")
+    done = type_here(*tiny_run, "trainer.steps=null", "trainer.epochs=1.5", "trainer.batch_size=3")
     assert done.returncode == 0, done.stderr
     # 8 examples in batches of 3 are 3 steps an epoch.
     assert read_json(tmp_path / "run" / "result.json")["steps"] == 5
 
 
 def test_bfloat16_and_accumulation_train(tiny_run: list[str], tmp_path: Path) -> None:
-    done = run_command(*tiny_run, "trainer.precision=bf16", "trainer.accumulation_steps=2", "optimizer.schedule=cosine")
+    done = type_here(*tiny_run, "trainer.precision=bf16", "trainer.accumulation_steps=2", "optimizer.schedule=cosine")
     assert done.returncode == 0, done.stderr
     assert "bf16 on cpu" in done.stdout
     assert "2 micro-batch(es) of 2" in done.stdout
@@ -168,10 +170,10 @@ def test_bfloat16_and_accumulation_train(tiny_run: list[str], tmp_path: Path) ->
 
 
 def test_training_goes_on_from_a_saved_model_with_its_own_settings(tiny_run: list[str], tmp_path: Path) -> None:
-    first = run_command(*tiny_run, "head=mlp", "head.layers.0.out_features=48")
+    first = type_here(*tiny_run, "head=mlp", "head.layers.0.out_features=48")
     assert first.returncode == 0, first.stderr
     data = [argument for argument in tiny_run if argument.startswith(("data", "trainer"))]
-    done = run_command(
+    done = type_here(
         *("backbone=checkpoint", f"backbone.name={tmp_path}/run/model", f"output_dir={tmp_path}/more"),
         *data,
     )
@@ -196,7 +198,7 @@ def test_a_run_with_a_teacher_says_what_it_does_and_logs_each_part(tiny_bert: Pa
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    lines = lines_of(done)
     assert "data distillation, 6 training examples" in lines
     # Of rows 6 and 7: "the cat meows", "a dog", "a fish swims", "the dog barks", "a fish".
     assert "evaluation 2 queries, 5 documents, each query's own re-ranked" in lines
@@ -232,9 +234,9 @@ def test_a_run_with_a_teacher_says_what_it_does_and_logs_each_part(tiny_bert: Pa
 
 
 def test_the_start_up_table_shows_the_widths_and_the_batch(tiny_run: list[str]) -> None:
-    done = run_command(*tiny_run, "head=mlp_residual", "head.layers.0.out_features=512", "trainer.steps=1")
+    done = type_here(*tiny_run, "head=mlp_residual", "head.layers.0.out_features=512", "trainer.steps=1")
     assert done.returncode == 0, done.stderr
-    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    lines = lines_of(done)
     # 32 x 512 weights, as many of the residual's map, 512 biases
     assert "Dense 32 -> 512, GELU, bias, residual over a learned map 33,280" in lines
     assert "Dense 512 -> 128, Identity, no bias 65,536" in lines
@@ -250,14 +252,14 @@ def test_the_start_up_table_shows_the_widths_and_the_batch(tiny_run: list[str]) 
 
 
 def test_two_linear_layers_are_called_what_they_are(tiny_run: list[str]) -> None:
-    done = run_command(*tiny_run, "head=ettin_mlp", "trainer.steps=1")
+    done = type_here(*tiny_run, "head=ettin_mlp", "trainer.steps=1")
     assert "32 -> 64 -> 32, 6,144 parameters; linear in disguise: it folds to one 32 -> 32 matrix" in done.stdout
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_examples(
     tiny_run: list[str], tmp_path: Path
 ) -> None:
-    done = run_command(*tiny_run, "optimizer.learning_rate=1e30", "optimizer.warmup_fraction=0", "trainer.steps=9")
+    done = type_here(*tiny_run, "optimizer.learning_rate=1e30", "optimizer.warmup_fraction=0", "trainer.steps=9")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert f"error: step 2: the loss is nan; the batch is {tmp_path}/pairs.jsonl:" in done.stderr
@@ -268,16 +270,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_examples(
 
 
 # --- what a mistake gets ---
-
-
-def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a mistake gets, without the word before it."""
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0].removeprefix("error: ")
 
 
 @pytest.mark.parametrize(
@@ -348,7 +340,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 def test_a_mistake_in_the_config_gets_one_line_and_leaves_nothing(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
-    assert refused(run_command(*arguments, cwd=tmp_path)).startswith(message)
+    assert refused(type_here(*arguments, cwd=tmp_path)).startswith(message)
     assert not list(tmp_path.iterdir())
 
 
@@ -378,14 +370,14 @@ def test_a_mistake_in_the_data_gets_one_line_with_its_place(
 ) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(content)
-    done = run_command(*tiny_overrides(tiny_bert, tmp_path), "data=pairs", f"data.path={path}", *arguments)
+    done = type_here(*tiny_overrides(tiny_bert, tmp_path), "data=pairs", f"data.path={path}", *arguments)
     assert refused(done).startswith(message.format(path=path))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_that_leaves_one_document_gets_one_line(tiny_bert: Path, tmp_path: Path) -> None:
     folder = write_distillation(tmp_path / "set", scores=[30.0, 10.0, 0.0])
-    done = run_command(
+    done = type_here(
         *(*tiny_overrides(tiny_bert, tmp_path), "data=distillation", f"data.path={folder}", "loss=distillation"),
         *("trainer.batch_size=4", "data.evaluation_fraction=0"),
     )
@@ -415,12 +407,27 @@ def test_a_teacher_that_leaves_one_document_gets_one_line(tiny_bert: Path, tmp_p
 def test_what_the_model_cannot_do_gets_one_line(
     argument: str, message: str, tiny_run: list[str], tmp_path: Path
 ) -> None:
+    assert refused(type_here(*tiny_run, argument)).startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("trainer.stepz=5", "trainer.stepz is no key; "),
+        ("optimizer.groups=[{pattern: '*', learning_rate: 0}]", "optimizer.groups freeze every parameter "),
+    ],
+    ids=["before torch is imported", "after the model is built"],
+)
+def test_a_mistake_is_all_that_a_process_says_and_its_status(
+    argument: str, message: str, tiny_run: list[str], tmp_path: Path
+) -> None:
     assert refused(run_command(*tiny_run, argument)).startswith(message)
     assert not (tmp_path / "run").exists()
 
 
 def test_data_that_is_not_there_says_where_it_was_looked_for(tiny_bert: Path, tmp_path: Path) -> None:
-    done = run_command(
+    done = type_here(
         *tiny_overrides(tiny_bert, tmp_path), "data=pairs", "data.path=mine.jsonl", cwd=tmp_path, LATEFORGE_DATA="sets"
     )
     assert refused(done) == (
@@ -432,12 +439,12 @@ def test_a_finished_run_is_not_overwritten_unasked(tiny_run: list[str], tmp_path
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "result.json").write_text("{}")
-    message = refused(run_command(*tiny_run))
+    message = refused(type_here(*tiny_run))
     assert message.startswith(
         f"output_dir={folder} holds a finished run: set another name= or output_dir=, or overwrite"
     )
     assert (folder / "result.json").read_text() == "{}"
-    done = run_command(*tiny_run, "overwrite=true", "trainer.steps=1")
+    done = type_here(*tiny_run, "overwrite=true", "trainer.steps=1")
     assert done.returncode == 0, done.stderr
     assert read_json(folder / "result.json")["steps"] == 1
 
@@ -459,11 +466,11 @@ def test_half_precision_that_needs_a_gpu_says_so(tiny_run: list[str]) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert refused(run_command(*tiny_run, "trainer.precision=fp16")).startswith("trainer.precision=fp16 needs a GPU")
+    assert refused(type_here(*tiny_run, "trainer.precision=fp16")).startswith("trainer.precision=fp16 needs a GPU")
 
 
 def test_help_is_a_page_of_its_own() -> None:
-    done = run_command("--help")
+    done = type_here("--help")
     assert done.returncode == 0
     assert "mlp_residual    Widen by 2 with GELU and a residual" in done.stdout
     assert "python train.py rerun=outputs/quickstart output_dir=outputs/again" in done.stdout
@@ -473,7 +480,7 @@ def test_help_is_a_page_of_its_own() -> None:
 
 
 def test_squad_sentences_train_by_their_name(tiny_bert: Path, tmp_path: Path, real_data: Path) -> None:
-    done = run_command(
+    done = type_here(
         *tiny_overrides(tiny_bert, tmp_path),
         *("data=pairs", "data.path=squad_sentences", "trainer.steps=3", "data.evaluation_fraction=0.01"),
         LATEFORGE_DATA=str(real_data),
@@ -487,12 +494,12 @@ def test_squad_sentences_train_by_their_name(tiny_bert: Path, tmp_path: Path, re
 
 
 def test_the_teacher_of_trec_dl_trains_by_its_experiment(tiny_bert: Path, tmp_path: Path, real_data: Path) -> None:
-    done = run_command(
+    done = type_here(
         *("experiment=distillation_trec_dl", *tiny_overrides(tiny_bert, tmp_path), "trainer.steps=2"),
         LATEFORGE_DATA=str(real_data),
     )
     assert done.returncode == 0, done.stderr
-    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    lines = lines_of(done)
     assert "data distillation, 100 training examples" in lines
     assert any(line.startswith("evaluation 29 queries, ") for line in lines)
     assert all(line["train/distillation"] > 0 for line in read_lines(tmp_path / "run" / "metrics.jsonl")[1:])

@@ -18,8 +18,8 @@ import wandb
 from omegaconf import DictConfig, OmegaConf
 
 from configs.schema import Config, ConfigError, as_dict, parse_config
-from tests.conftest import ROOT, run_command, tiny_overrides
-from tests.test_train import read_json, read_lines, refused, write_pairs
+from tests.conftest import ENVIRONMENT, ROOT, refused, run_command, tiny_overrides, type_here
+from tests.test_train import read_json, read_lines, write_pairs
 from trainer.tracker import Tracker, check_tracker, new_id
 
 MakeConfig = Callable[..., Config]
@@ -373,7 +373,7 @@ def resumed(tiny_tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments, "evaluation.every_steps=50"],
         cwd=cwd,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | ENVIRONMENT,
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + DEADLINE_SECONDS
@@ -444,7 +444,7 @@ def test_the_summary_holds_the_result(resumed: Resumed) -> None:
 
 def test_a_rerun_is_another_run_to_the_tracker(resumed: Resumed, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    done = run_command(f"rerun={resumed.output}", f"output_dir={again}", "trainer.steps=1", cwd=tmp_path)
+    done = type_here(f"rerun={resumed.output}", f"output_dir={again}", "trainer.steps=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = load_config(again)
     assert config.tracker.id != resumed.id
@@ -466,7 +466,7 @@ def test_a_rerun_is_another_run_to_the_tracker(resumed: Resumed, tmp_path: Path)
 def test_a_tracker_that_fails_does_not_stop_the_run(tiny_tracked: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     # No id may have a slash.
-    done = run_command(*tiny_tracked, f"output_dir={output}", "trainer.steps=2", "tracker.id=a/b", cwd=tmp_path)
+    done = type_here(*tiny_tracked, f"output_dir={output}", "trainer.steps=2", "tracker.id=a/b", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the tracker failed (") == 1
     assert [line["step"] for line in read_lines(output / "metrics.jsonl")] == [0, 1, 2]
