@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 # Hydra would print its own lines and exit; with this it raises, and one line of ours answers.
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -29,8 +30,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from configs.mix import with_sets
 from configs.reference import explain_composition, help_text
-from configs.schema import Config, ConfigError, TrackerName, assignment, changed_keys, parse_config
+from configs.schema import Config, ConfigError, Mode, TrackerName, assignment, changed_keys, parse_config
+
+if TYPE_CHECKING:
+    from architectures.layouts import Checkpoint
 
 TRAIN = Path(__file__).resolve()
 CONFIGS = TRAIN.parent / "configs"
@@ -76,13 +81,19 @@ def _hydra(arguments: list[str]) -> None:
 
 
 def own_settings(arguments: list[str]) -> list[str]:
-    """The arguments, where a backbone that is named without its preset brings its own settings, not the default's."""
+    """The arguments, where a backbone that is named without its preset brings its own settings, not the default's, and
+    the sets of a mix need neither data=mix nor a sign."""
+    # Hydra would have names that no config knows, as those of the sets are, appended with a sign of its own.
+    arguments = [
+        f"++{given}" if given.startswith(("data.mix=", "data.mix.", "data.sets.")) else given for given in arguments
+    ]
     keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
-    if "backbone.name" not in keys or "backbone" in keys:
-        return arguments
-    # Beside the name: Hydra's parser takes overrides in one row, before the flags or behind them.
-    place = keys.index("backbone.name")
-    return [*arguments[:place], "backbone=checkpoint", *arguments[place:]]
+    for key, member in (("backbone.name", "backbone=checkpoint"), ("data.mix", "data=mix")):
+        if key in keys and key.split(".")[0] not in keys:
+            # Beside the key: Hydra's parser takes overrides in one row, before the flags or behind them.
+            place = keys.index(key)
+            arguments, keys = ([*row[:place], member, *row[place:]] for row in (arguments, keys))
+    return arguments
 
 
 def _task(composed: DictConfig) -> float | None:
@@ -91,7 +102,7 @@ def _task(composed: DictConfig) -> float | None:
         return _job(composed, list(settings.overrides.task), settings.job.num, Path(settings.sweep.dir))
     # SystemExit passes through Hydra, which prints a page about any other exception.
     try:
-        status = run(parse_config(composed))
+        status = run(parse_config(with_sets(composed)))
     except ConfigError as error:
         status = _fail(str(error))
     if status:
@@ -104,7 +115,7 @@ def _job(composed: DictConfig, overrides: list[str], number: int, sweep: Path) -
     from trainer.sweep import Job, report, run_job
 
     try:
-        config = parse_config(composed)
+        config = parse_config(with_sets(composed))
     except ConfigError as error:
         report(sweep, Job(number, str(composed.name), overrides, error=str(error)))
         return float("nan")
@@ -222,7 +233,8 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     if config.tracker.name is not TrackerName.none and config.tracker.id is None:
         config = replace(config, tracker=replace(config.tracker, id=new_id()))
     folder = RunFolder(config, resume=resume)
-    folder.check()
+    if config.mode is Mode.train:
+        folder.check()
     checkpoint = read_checkpoint(config.backbone)
     check_tracker(config)
 
@@ -232,6 +244,8 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(50)
+    if config.mode is Mode.check:
+        return check_data(config, checkpoint)
     data = load_data(config.data)
 
     from accelerate.utils import set_seed
@@ -263,8 +277,8 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     accelerator = build_accelerator(config)
     main_process = accelerator.is_main_process
     try:
-        check_batch(config, len(data.train), accelerator.num_processes)
-        check_steps(count_steps(config, len(data.train)), folder.saved_step() if resume else 0)
+        check_batch(config, data, accelerator.num_processes)
+        check_steps(count_steps(config, data.size), folder.saved_step() if resume else 0)
         check_teacher(config, data, query_length=checkpoint.settings.query_length)
         choose_maxsim(config, accelerator.device)
         set_seed(config.seed)
@@ -275,7 +289,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
         assert width is not None, "the head has one"
         loss = build_loss(config.loss, width=width, maxsim=backend)
         freeze(encoder, loss.learnt, config.optimizer)
-        batches = build_batches(config, data.train, encoder, accelerator)
+        batches = build_batches(config, data.sets, encoder, accelerator)
         console = make_console(main=main_process)
         modules = describe_modules(encoder)
         facts = {
@@ -329,6 +343,17 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     finally:
         accelerator.end_training()
     return 0
+
+
+def check_data(config: Config, checkpoint: "Checkpoint") -> int:
+    """`mode=check`: say what the data is and what would become of it, without a weight."""
+    from trainer.console import make_console
+    from trainer.preflight import check_run
+
+    errors = check_run(config, checkpoint.source, checkpoint.settings, make_console())
+    for error in errors:
+        _fail(error)
+    return 2 if errors else 0
 
 
 def _fail(message: str, *, status: int = 2) -> int:

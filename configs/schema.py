@@ -59,10 +59,40 @@ class Norm(Enum):
     rms_norm = "RMSNorm"
 
 
+class Mode(Enum):
+    train = "train"
+    check = "check"
+
+
 class DataFormat(Enum):
-    python_functions = "python_functions"
     pairs = "pairs"
-    distillation = "distillation"
+    scored = "scored"
+    beir = "beir"
+    distillation_ids = "distillation_ids"
+    stanford = "stanford"
+    python_functions = "python_functions"
+    mix = "mix"
+
+
+class Positive(Enum):
+    first = "first"
+    best = "best"
+
+
+class Negatives(Enum):
+    none = "none"
+    judged = "judged"
+    run = "run"
+
+
+class Draw(Enum):
+    uniform = "uniform"
+    stratified = "stratified"
+
+
+class MixedBatch(Enum):
+    one_set = "one_set"
+    all_sets = "all_sets"
 
 
 class Score(Enum):
@@ -187,35 +217,87 @@ class HeadConfig:
 
 
 @dataclass
-class DataConfig:
-    """What to train on, and what to evaluate on."""
+class SetConfig:
+    """One set of examples: where it lies, how it is read, and what of it a query is trained with. A key that a format
+    does not read is null."""
 
     format: DataFormat
     """How the examples lie on disk."""
     root: str
     """Folder that relative paths start from."""
     path: str | None
-    """File of examples (JSON lines, CSV, TSV, all also gzipped, or Parquet), or a folder that holds one per split;
-    distillation: a folder that holds also the files queries and documents."""
+    """A file (JSON lines, CSV, TSV, all also gzipped, Parquet or Arrow), a pattern such as `part-*.parquet`, a folder,
+    or a data set of the Hub, `owner/name`."""
+    subset: str | None
+    """Subset of a data set of the Hub; null is its only one. distillation_ids: of the rows that a teacher scored."""
+    revision: str | None
+    """Branch, tag or commit of a data set of the Hub; null is its main branch."""
     split: str | None
-    """Where path is a folder: the name of its file of training examples, without the ending."""
+    """Split of a data set of the Hub, file of a folder without its ending, or judgements of a BEIR folder."""
+    queries_path: str | None
+    """stanford: the file of queries, an id and a text a line."""
+    documents_path: str | None
+    """stanford: the collection, an id, a text and perhaps a title a line."""
     evaluation_path: str | None
     """Examples to evaluate on, in the same format; null holds out evaluation_fraction."""
     evaluation_split: str | None
-    """Where evaluation_path is a folder: the name of its file, without the ending."""
-    evaluation_fraction: float
-    """Share held out for evaluation where no evaluation_path is given (pairs: of the queries; python_functions: of the
-    modules; distillation: the last queries by id); 0 trains without a score."""
-    query_column: str
+    """The split to evaluate on. beir: its queries rank the whole corpus."""
+    evaluation_fraction: float | None
+    """Share held out where neither evaluation_path nor evaluation_split is given (of the queries; python_functions:
+    of the modules; distillation_ids: the last queries by id); 0 trains without a score."""
+    query_column: str | None
     """Column of the query's text."""
-    positive_column: str
-    """Column of the text of the document that answers the query."""
+    positive_column: str | None
+    """Column of the text of the document that answers the query, or of a list of several."""
     negative_columns: list[str] | None
     """Columns of documents that do not answer it: a text or a list of texts each; null takes every column named
     negative, negatives, negative_1, negative_2 and so on."""
+    documents_column: str | None
+    """scored: column of a list of texts."""
+    scores_column: str | None
+    """scored: column of what a teacher gives each of them."""
+    positive: Positive | None
+    """Which of the documents that a teacher scored is the positive: the first of the row, or the best."""
+    negatives: Negatives | None
+    """beir: none, the documents judged below positive_grade (judged), or what a ranking has beside answers (run)."""
+    run_path: str | None
+    """beir: a ranking in TREC's format (query, Q0, document, rank, score, name)."""
+    positive_grade: int | None
+    """beir: lowest grade of a document that answers a query."""
+    max_empty: float | None
+    """Share of the examples that may have an empty text: these are left out and counted; above it that is an error."""
     documents_per_query: int | None
-    """Documents that a query is trained with: its positive, and of the others as many as fit, drawn anew each epoch;
-    null takes all."""
+    """Documents that a query is trained with: a positive, and of the others as many as fit, drawn anew each epoch;
+    null takes all. Of several positives each epoch draws one."""
+    draw: Draw | None
+    """How the others are drawn: each alike (uniform), or one from each of as many equal ranges of the teacher's order
+    (stratified)."""
+    query_length: int | None
+    """Tokens of a query of this set, special ones and prefix included; null is the backbone's."""
+    document_length: int | None
+    """Tokens a document of this set is cut to; null is the backbone's."""
+    query_prefix: str | None
+    """What is put before a query of this set in place of the backbone's; null is the backbone's."""
+    document_prefix: str | None
+    """What is put before a document of this set in place of the backbone's; null is the backbone's."""
+
+
+@dataclass
+class DataConfig(SetConfig):
+    """What to train on, and what to evaluate on: one set, or a mix of several."""
+
+    mix: dict[str, float]
+    """Weight of each set, by its member of this group, as in {medquad: 2.0, squad_sentences: 1.0}."""
+    mix_by_size: float
+    """Power of a set's size that multiplies its weight: 0 leaves the weight alone, 1 gives every example its own."""
+    mix_batches: MixedBatch
+    """one_set: the queries of a step come from one set, on all processes the same; all_sets: each from any."""
+    # Of SetConfig each, as parse_config makes them: Hydra could not add a key to a typed one.
+    sets: dict[str, Any]
+    """The sets of a mix, as their members say; `data.sets.medquad.document_length=256` says otherwise."""
+    length_window: int | None
+    """Batches whose examples are sorted by length among themselves before they are cut into batches again: less
+    padding, and negatives of like length; null sorts inside a batch alone, which changes no batch."""
 
 
 @dataclass
@@ -413,6 +495,8 @@ class Config:
     """Folder that receives all that the run leaves."""
     overwrite: bool
     """Replace the run that output_dir holds."""
+    mode: Mode
+    """train, or check: read the data, say what is in it, and stop before any weight is loaded."""
     seed: int
     """Seed of the new layers, the order of the examples and dropout."""
     backbone: BackboneConfig
@@ -435,9 +519,14 @@ def parse_config(composed: DictConfig) -> Config:
         # A merge of two typed nodes keeps keys added with `+`; through a plain container they are rejected.
         plain = OmegaConf.to_container(composed, resolve=True)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        assert isinstance(config, Config)
+        for name, given in config.data.sets.items():
+            each = OmegaConf.merge(
+                {"data": {"sets": {name: OmegaConf.structured(SetConfig)}}}, {"data": {"sets": {name: given}}}
+            )
+            config.data.sets[name] = OmegaConf.to_object(each.data.sets[name])
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
-    assert isinstance(config, Config)
     for problem in _problems(config):
         raise ConfigError(problem)
     return config
@@ -516,7 +605,8 @@ def known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
     for field in fields(node):
         hint, key = hints[field.name], prefix + field.name
         yield key
-        element = next((inner for inner in get_args(hint) if is_dataclass(inner)), None)
+        # The keys of a dict are the user's, and what stands under them is said elsewhere.
+        element = next((inner for inner in get_args(hint)[:1] if is_dataclass(inner)), None)
         if isinstance(hint, type) and is_dataclass(hint):
             yield from known_keys(hint, key + ".")
         elif isinstance(element, type):
@@ -647,20 +737,24 @@ def _loss_problems(loss: LossConfig, data: DataConfig) -> Iterator[str]:
     taught = [key for key in ("loss.terms.distillation", "loss.terms.margin_mse") if weights[key]]
     if not taught:
         return
-    if data.format is not DataFormat.distillation:
-        columns = ", ".join([data.query_column, data.positive_column, *(data.negative_columns or [])])
-        yield (
-            f"{taught[0]}={weights[taught[0]]:g} needs teacher scores; data={data.format.name} has the columns "
-            f"{columns}: use data=distillation data.path=..., or set it to 0"
-        )
+    sets = data.sets or {"": data}
+    for name, each in sets.items():
+        if each.format not in TAUGHT:
+            where = f"data.sets.{name} is {each.format.name}" if name else f"data={each.format.name} has none"
+            yield (
+                f"{taught[0]}={weights[taught[0]]:g} needs teacher scores, and {where}: use "
+                "data=scored, distillation_ids or stanford, or set it to 0"
+            )
     # Of two, min_max makes 0 and 1, whatever they are.
     min_max = weights["loss.terms.distillation"] and loss.distillation.normalization is Normalization.min_max
     fewest = 3 if min_max else 2
-    if data.documents_per_query is not None and data.documents_per_query < fewest:
-        yield (
-            f"data.documents_per_query={data.documents_per_query} leaves {taught[0]} nothing to compare"
-            f"{' after loss.distillation.normalization=min_max' if min_max else ''}: use {fewest} or more"
-        )
+    for name, each in sets.items():
+        if each.documents_per_query is not None and each.documents_per_query < fewest:
+            key = f"data.sets.{name}" if name else "data"
+            yield (
+                f"{key}.documents_per_query={each.documents_per_query} leaves {taught[0]} nothing to compare"
+                f"{' after loss.distillation.normalization=min_max' if min_max else ''}: use {fewest} or more"
+            )
 
 
 def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
@@ -686,40 +780,101 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
             yield f"optimizer.muon_{key}=null {needed}" if value is None else f"optimizer.muon_{key}={value} {rule}"
 
 
-def _taught_data_problems(data: DataConfig) -> Iterator[str]:
-    if data.path is None:
-        yield "data.path=null: data=distillation needs a folder with queries, documents and teacher scores"
-    if data.split is None:
-        yield "data.split=null: data=distillation reads a file of its folder: name it, as in data.split=train"
-    if data.evaluation_path is not None and data.evaluation_split is None:
-        yield (
-            f"data.evaluation_split=null: name the file of data.evaluation_path={data.evaluation_path}, "
-            "as in data.evaluation_split=test"
-        )
-    if data.negative_columns is not None:
-        yield (
-            f"data.negative_columns={data.negative_columns} has no effect on data=distillation, whose rows rank "
-            "documents: set it to null"
-        )
+# The keys of a set that each format reads beside those that all do.
+_FILES = {"path", "split", "evaluation_path", "evaluation_split"}
+_HUB = {"subset", "revision"}
+READS = {
+    DataFormat.pairs: _FILES | _HUB | {"query_column", "positive_column", "negative_columns"},
+    DataFormat.scored: _FILES | _HUB | {"query_column", "documents_column", "scores_column", "positive"},
+    DataFormat.beir: {"path", "split", "evaluation_split", "negatives", "run_path", "positive_grade"},
+    DataFormat.distillation_ids: _FILES | _HUB | {"positive"},
+    DataFormat.stanford: {"path", "queries_path", "documents_path", "evaluation_path"},
+    DataFormat.python_functions: set[str](),
+    DataFormat.mix: set[str](),
+}
+_EVERY_FORMAT = {"evaluation_fraction", "max_empty", "documents_per_query", "draw"}
+_EVERY_FORMAT |= {"query_length", "document_length", "query_prefix", "document_prefix"}
+# Of those, what a set can do without, or has a rule of its own for.
+_MAY_BE_NULL = {"subset", "revision", "split", "evaluation_path", "evaluation_split", "negative_columns", "run_path"}
+TAUGHT = (DataFormat.scored, DataFormat.distillation_ids, DataFormat.stanford)
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
+    yield from _set_problems("data", data)
+    if (data.format is DataFormat.mix) != bool(data.mix):
+        yield (
+            f"data.mix={data.mix} has no effect on data={data.format.name}: use data=mix"
+            if data.mix
+            else "data.mix={}: data=mix needs the weights of its sets, as in data.mix={medquad: 2, lfrqa: 1}"
+        )
+    yield from _not_positive(
+        *((f"data.mix.{name}", weight) for name, weight in data.mix.items()),
+        ("data.length_window", data.length_window),
+    )
+    if not 0 <= data.mix_by_size <= 1:
+        yield f"data.mix_by_size={data.mix_by_size} must lie between 0, the weights alone, and 1, the sizes"
+    if set(data.sets) != set(data.mix):
+        yield f"data.sets has {', '.join(data.sets)} and data.mix {', '.join(data.mix)}: name the same"
+    if data.length_window is not None and data.mix and data.mix_batches is MixedBatch.all_sets:
+        yield (
+            f"data.length_window={data.length_window} sorts batches of one set, and data.mix_batches=all_sets makes "
+            "none: set one of them otherwise"
+        )
+    for name, each in data.sets.items():
+        yield from _set_problems(f"data.sets.{name}", each)
+        if each.format is DataFormat.mix:
+            yield f"data.mix.{name} is a mix itself: name the sets that it is made of"
+
+
+def _set_problems(key: str, data: SetConfig) -> Iterator[str]:
+    """Rules of one set; key: where it stands."""
     if data.documents_per_query is not None and data.documents_per_query < 1:
-        yield f"data.documents_per_query={data.documents_per_query} must be 1 or more: a query keeps its positive"
-    if not 0 <= data.evaluation_fraction < 1:
-        yield f"data.evaluation_fraction={data.evaluation_fraction} must be at least 0 and below 1"
-    if data.format is DataFormat.pairs and data.path is None:
-        yield "data.path=null: data=pairs needs a file, as in data.path=mine.jsonl"
-    if data.format is DataFormat.distillation:
-        yield from _taught_data_problems(data)
-    if data.format is DataFormat.python_functions:
-        given: dict[str, Any] = {
-            "path": data.path,
-            "split": data.split,
-            "evaluation_path": data.evaluation_path,
-            "evaluation_split": data.evaluation_split,
-            "negative_columns": data.negative_columns,
-        }
-        for key, value in given.items():
-            if value is not None:
-                yield f"data.{key}={value} has no effect on data=python_functions: use data=pairs for files of your own"
+        yield f"{key}.documents_per_query={data.documents_per_query} must be 1 or more: a query keeps its positive"
+    if data.evaluation_fraction is not None and not 0 <= data.evaluation_fraction < 1:
+        yield f"{key}.evaluation_fraction={data.evaluation_fraction} must be at least 0 and below 1"
+    if data.max_empty is not None and not 0 <= data.max_empty <= 1:
+        yield f"{key}.max_empty={data.max_empty} must lie between 0 and 1"
+    yield from _not_positive(
+        (f"{key}.query_length", data.query_length),
+        (f"{key}.document_length", data.document_length),
+        (f"{key}.positive_grade", data.positive_grade),
+    )
+    reads = READS[data.format] | (_EVERY_FORMAT if data.format is not DataFormat.mix else set())
+    for field in fields(SetConfig):
+        value = getattr(data, field.name)
+        if field.name in ("format", "root"):
+            continue
+        name = f"{key}.{field.name}"
+        if field.name not in reads and value is not None:
+            remedy = "set it to null"
+            if data.format is DataFormat.mix:
+                remedy = f"set data.sets.<set>.{field.name}"
+            elif data.format is DataFormat.python_functions:
+                remedy = "use data=pairs for files of your own"
+            yield f"{name}={_shown(value)} has no effect on data={data.format.name}: {remedy}"
+        if field.name in READS[data.format] - _MAY_BE_NULL and value is None:
+            yield f"{name}=null: data={data.format.name} needs it{_EXAMPLES.get(field.name, '')}"
+    if data.format is DataFormat.beir:
+        if data.split is None:
+            yield f"{key}.split=null: data=beir reads qrels/<split>.tsv: name it, as in {key}.split=train"
+        if (data.negatives is Negatives.run) != (data.run_path is not None):
+            yield (
+                f"{key}.run_path={data.run_path} and {key}.negatives={_shown(data.negatives)}: a ranking is read where "
+                f"both are set: name the file, and set {key}.negatives=run"
+            )
+    if data.draw is Draw.stratified and (data.format not in TAUGHT or data.documents_per_query is None):
+        yield (
+            f"{key}.draw=stratified draws some of the documents that a teacher scored: set {key}.documents_per_query, "
+            f"and use one of data={', '.join(sorted(each.name for each in TAUGHT))}; or set it to uniform"
+        )
+
+
+_EXAMPLES = {
+    "path": ", as in data.path=mine.jsonl, a folder or owner/name",
+    "queries_path": ", as in data.queries_path=queries.tsv",
+    "documents_path": ", as in data.documents_path=collection.tsv",
+}
+
+
+def _shown(value: object) -> object:
+    return value.name if isinstance(value, Enum) else value

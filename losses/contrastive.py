@@ -14,7 +14,7 @@ from losses.temperature import LearntTemperature
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss:
-    """Mean cross-entropy of each query's positive (InfoNCE; van den Oord et al. 2018, equation 4)."""
+    """Cross-entropy of each query's positive (InfoNCE; van den Oord et al. 2018, equation 4)."""
 
     temperature: float | LearntTemperature
     symmetric: bool
@@ -27,8 +27,8 @@ class ContrastiveLoss:
     """Leave out negatives above this share of the positive's score."""
 
     def __call__(self, scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean over this process's queries in nats, and the facts: what was left out, in documents a query,
-        and a learnt temperature."""
+        """Return the value of each of this process's queries, (Q,), in nats, and the facts: what was left out, in
+        documents a query, and a learnt temperature."""
         assert scores.pool is not None
         assert scores.of_pool is not None
         positive_Q = scores.pool.columns[:, 0]
@@ -38,10 +38,10 @@ class ContrastiveLoss:
             temperature = temperature()
             facts["temperature"] = temperature.detach()
         logits_QM = (scores.of_pool / temperature).masked_fill(left_out_QM, -math.inf)
-        loss = F.cross_entropy(logits_QM, positive_Q)
+        loss_Q = F.cross_entropy(logits_QM, positive_Q, reduction="none")
         if self.symmetric:
-            loss = (loss + _other_direction(logits_QM, positive_Q)) / 2
-        return loss, facts
+            loss_Q = (loss_Q + _other_direction(logits_QM, positive_Q)) / 2
+        return loss_Q, facts
 
     def _left_out(self, scores: Scores, positive_Q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Which documents are no negatives of which query, (Q, M), and how many a query for each reason."""
@@ -82,11 +82,11 @@ def _is_known(ids_M: Tensor, known_QP: Tensor) -> Tensor:
 
 
 def _other_direction(logits_QM: Tensor, positive_Q: Tensor) -> Tensor:
-    """Mean cross-entropy of each own positive's query among the queries of all processes.
+    """Cross-entropy of each own positive's query among the queries of all processes, (Q,).
 
     The scores exist, each at the process of its query: those of the positives are exchanged, not the vectors.
     """
     (columns,), _ = gather_rows(positive_Q)
     (logits,), first = gather_rows(logits_QM[:, columns])
     own = torch.arange(first, first + len(positive_Q), device=logits.device)
-    return F.cross_entropy(logits[:, own].T, own)
+    return F.cross_entropy(logits[:, own].T, own, reduction="none")

@@ -11,7 +11,7 @@ from losses.scores import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationLoss:
-    """Mean KL divergence of the student's softmax from the teacher's, times the student's temperature squared, which
+    """KL divergence of the student's softmax from the teacher's, times the student's temperature squared, which
     keeps the gradient's size (Hinton et al. 2015, section 2)."""
 
     student_temperature: float
@@ -20,14 +20,14 @@ class DistillationLoss:
     """Bring the student's scores of a query to between 0 and 1 first, gradient through both ends, as PyLate does."""
 
     def __call__(self, scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean over this process's queries in nats."""
+        """Return the value of each of this process's queries, (Q,), in nats."""
         student_QK, exists_QK = scores.own, scores.exists
         if self.min_max:
             student_QK = _min_max(student_QK, exists_QK)
         student_QK = _log_softmax(student_QK / self.student_temperature, exists_QK)
         teacher_QK = _log_softmax(scores.teacher / self.teacher_temperature, exists_QK)
-        divergence = F.kl_div(student_QK, teacher_QK, reduction="batchmean", log_target=True)
-        return divergence * self.student_temperature**2, {}
+        divergence_Q = F.kl_div(student_QK, teacher_QK, reduction="none", log_target=True).sum(dim=1)
+        return divergence_Q * self.student_temperature**2, {}
 
 
 def _min_max(scores_QK: Tensor, exists_QK: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ Term = Callable[[Scores], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The sum over widths and terms; each process has the mean over its own queries."""
+    """The sum over widths and terms of each query of this process."""
 
     terms: dict[str, Term]
     weights: dict[str, float]
@@ -34,12 +34,13 @@ class Loss:
     """The MaxSim backend that scores."""
 
     def __call__(self, batch: EncodedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a float32 scalar, and what is logged, detached: each term's value before its weight, at
-        several widths with `@<width>` behind its name, and its facts; all are means over this process's queries.
+        """Return the loss of each query, (Q,) float32, whose mean is minimised, and what is logged, detached: each
+        term's value before its weight, at several widths with `@<width>` behind its name, and its facts, all of them
+        means over this process's queries.
 
         Every process must call it.
         """
-        total = torch.zeros((), device=batch.queries.device)
+        total = torch.zeros(len(batch.queries), device=batch.queries.device)
         logged: dict[str, Tensor] = {}
         pool = gather_pool(batch) if "contrastive" in self.terms else None
         for width, width_weight in self.widths.items():
@@ -48,7 +49,7 @@ class Loss:
             for name, term in self.terms.items():
                 value, facts = term(scores if self.reads[name] is Score.maxsim else mean_over_tokens(scores))
                 total = total + width_weight * self.weights[name] * value
-                logged[name + place] = value.detach()
+                logged[name + place] = value.detach().mean()
                 # The facts of the widest alone: those of the narrower differ little, or not at all.
                 if width == max(self.widths):
                     logged |= facts

@@ -189,8 +189,9 @@ def prepare_training(config: "Config") -> tuple[Step, Optimizer, str]:
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    examples, accelerator = load_data(config.data).train, build_accelerator(config)
-    check_batch(config, len(examples), accelerator.num_processes)
+    data, accelerator = load_data(config.data), build_accelerator(config)
+    check_batch(config, data, accelerator.num_processes)
+    [examples] = data.sets
     set_seed(config.seed)
     encoder = build_encoder(config.backbone, config.head)
     maxsim = choose_maxsim(config, accelerator.device, encoder)
@@ -201,7 +202,7 @@ def prepare_training(config: "Config") -> tuple[Step, Optimizer, str]:
         sized = replace(config, trainer=replace(config.trainer, batch_size=queries))
         # An epoch is cut evenly: only a multiple of the batch is cut into full ones.
         full = examples.select(range(len(examples) // queries * queries))
-        batches[queries] = build_batches(sized, full, encoder, accelerator)
+        batches[queries] = build_batches(sized, [full], encoder, accelerator)
     whole = TrainedModel(encoder, loss.learnt).to(accelerator.device)
     model, optimizer = accelerator.prepare(whole, build_optimizer(encoder, loss.learnt, config.optimizer))
 

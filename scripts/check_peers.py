@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from architectures.readers import vectors_of
 from architectures.weights import locate_backbone
-from configs.schema import ConfigError, DataFormat, explain
+from configs.schema import ConfigError, explain
 from losses.maxsim import maxsim
 from scripts.benchmark_maxsim import processor, write
 from scripts.export import pad
@@ -249,13 +249,12 @@ def read_texts(count: int) -> dict[str, list[str]]:
 
     Raises ValueError where there are not so many.
     """
-    data = replace(compose_config(BACKBONE).data, format=DataFormat.python_functions, evaluation_fraction=0.0)
-    examples = load_data(data).train
+    [examples] = load_data(compose_config(BACKBONE, "data=python_functions", "data.evaluation_fraction=0").data).sets
     if count < 2 or count % 2 or count > 2 * len(examples):
         raise ValueError(f"texts={count} must be an even number from 2 to {2 * len(examples)}")
     step = 2 * len(examples) // count
-    chosen = examples.select(range(0, step * count // 2, step))
-    return {"query": list(chosen["query"]), "document": [documents[0] for documents in chosen["documents"]]}
+    chosen = [examples.example(row) for row in range(0, step * count // 2, step)]
+    return {"query": [each["query"] for each in chosen], "document": [each["documents"][0] for each in chosen]}
 
 
 def check(case: Ours | Theirs | Passed, texts: dict[str, list[str]], folders: dict[str, Path]) -> Result:

@@ -19,11 +19,15 @@ def reference(node: type = Config, prefix: str = "") -> Iterator[str]:
     """Yield the lines of a Markdown table: every key, its type, its meaning."""
     if not prefix:
         yield from ("| key | type | meaning |", "|---|---|---|")
-    meanings = {item.arg_name: " ".join((item.description or "").split()) for item in parse_from_object(node).params}
+    # A dataclass that extends another has its fields, whose words stand there.
+    documented = [parse_from_object(each) for each in node.__mro__ if is_dataclass(each)]
+    meanings = {
+        item.arg_name: " ".join((item.description or "").split()) for each in documented for item in each.params
+    }
     hints = get_type_hints(node)
     for field in fields(node):
         key, hint = prefix + field.name, hints[field.name]
-        element = next((inner for inner in get_args(hint) if is_dataclass(inner)), None)
+        element = next((inner for inner in get_args(hint)[:1] if is_dataclass(inner)), None)
         if is_dataclass(hint):
             assert isinstance(hint, type)
             yield f"| **`{key}`** | group | {' '.join(str(inspect.getdoc(hint)).split())} |"
@@ -47,6 +51,8 @@ def _type(hint: Any) -> str:
     if arguments := get_args(hint):
         if getattr(hint, "__origin__", None) is list:
             return f"list of {_type(arguments[0])}"
+        if getattr(hint, "__origin__", None) is dict:
+            return f"{_type(arguments[1])} by name"
         return " \\| ".join(_type(argument) for argument in arguments)
     if hint is type(None):
         return "null"

@@ -9,6 +9,7 @@ from sentence_transformers import MultiVectorEncoder
 from transformers.utils import logging as transformers_logging
 
 from architectures.factory import build_encoder
+from configs.mix import with_sets
 from configs.schema import Config, assignment, parse_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -19,10 +20,11 @@ def compose_config(name: str, *overrides: str) -> Config:
     ConfigStore.instance().store("schema", Config)
     preset = (CONFIGS / "backbone" / f"{name}.yaml").is_file()
     backbone = [f"backbone={name}"] if preset else ["backbone=checkpoint", assignment("backbone.name", name)]
-    # Prose, whatever the embedded default is trained on; no data is read.
-    fixed = ["name=model", "data=pairs", "data.path=none"]
+    # Prose, whatever the embedded default is trained on.
+    chosen = any(override.startswith("data=") for override in overrides)
+    fixed = ["name=model", *([] if chosen else ["data=pairs", "data.path=none"])]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return parse_config(compose("train", [*backbone, *fixed, *overrides]))
+        return parse_config(with_sets(compose("train", [*backbone, *fixed, *overrides])))
 
 
 def load_model(name: str, *overrides: str) -> MultiVectorEncoder:

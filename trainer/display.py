@@ -25,6 +25,11 @@ def print_start(console: Console, described: Sequence[tuple[str, str, int]], fac
     modules.add_row("", "", f"{sum(count for *_, count in described):,}", style="bold")
     console.print(modules)
     console.print()
+    print_facts(console, facts)
+
+
+def print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Print facts by name, one a line."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from losses.batch import EncodedBatch
-from trainer.data.batches import Batch, TokenizedTexts
+from trainer.data.batches import Batch
+from trainer.data.tokens import TokenizedTexts
 
 Encode = Callable[..., dict[str, Any]]
 """Takes the features of a chunk and its task; returns token_embeddings and attention_mask, which tokens are scored."""

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from losses.gather import gather_texts
 from losses.matryoshka import cut
 from losses.maxsim import maxsim
-from trainer.data.batches import bounds
+from trainer.data.order import bounds
 from trainer.data.retrieval import RetrievalSet
 from trainer.metrics import DEPTH, score_rankings
 

@@ -5,6 +5,7 @@ import resource
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from signal import SIGTERM
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from datasets import Dataset
 from rich.console import Console
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 from configs.schema import Config
 from losses.factory import Loss
 from trainer.checkpoint import TrainState, UnreadableCheckpoint, gather_random_states, set_random_state
-from trainer.data.batches import Batch, StepBatches, count_steps_per_epoch
-from trainer.data.files import identity
+from trainer.data.batches import Batch, StepBatches
+from trainer.data.order import count_steps_per_epoch
 from trainer.data.retrieval import RetrievalSet
+from trainer.data.tables import TrainingSet, identity
 from trainer.display import ProgressDisplay
 from trainer.encoding import TrainedModel, encode_batch
 from trainer.evaluation import evaluate
@@ -58,16 +59,16 @@ def count_steps(config: Config, examples: int) -> int:
 
 
 def build_batches(
-    config: Config, examples: Dataset, encoder: MultiVectorEncoder, accelerator: Accelerator
+    config: Config, sets: Sequence[TrainingSet], encoder: MultiVectorEncoder, accelerator: Accelerator
 ) -> StepBatches:
-    """What this process has of each step."""
+    """What this process has of each step; all texts are tokenised first, or their tokens are an earlier run's."""
     return StepBatches(
-        examples,
+        sets,
         encoder,
+        config=config.data,
         batch_size=config.trainer.batch_size,
         accumulation_steps=config.trainer.accumulation_steps,
         chunk_tokens=config.trainer.cache_tokens or config.trainer.chunk_tokens,
-        documents_per_query=config.data.documents_per_query,
         seed=config.seed,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
@@ -104,7 +105,7 @@ def train(
     Raises TrainingError where the loss is not finite, Stopped after a signal.
     """
     started = time.perf_counter()
-    steps = count_steps(config, len(batches.examples))
+    steps = count_steps(config, sum(map(len, batches.sets)))
     whole = build_model(encoder, loss, config).to(accelerator.device)
     optimizer = build_optimizer(encoder, loss.learnt, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, steps=steps)
@@ -156,24 +157,26 @@ def train(
         for micro_batches in loader:
             step = done.step + 1
             model.train()
-            losses = compute_gradient(accelerator, model, loss, micro_batches, cached=cached)
+            losses, of_sets = compute_gradient(
+                accelerator, model, loss, micro_batches, cached=cached, sets=len(batches.sets)
+            )
             norm = accelerator.clip_grad_norm_(model.parameters(), config.trainer.max_gradient_norm or math.inf)
             counts = {
                 **losses,
-                "queries": sum(len(batch.rows) for batch in micro_batches),
+                **(of_sets if len(batches.sets) > 1 else {}),
+                "queries": sum(len(batch.places) for batch in micro_batches),
                 "tokens": sum(batch.documents.tokens for batch in micro_batches),
                 "padded_tokens": sum(batch.documents.padded_tokens for batch in micro_batches),
                 "signal": wish.signal or 0,
             }
             counts = _sum_over_processes(accelerator, counts)
             losses, gradient_norm = {name: counts.pop(name) for name in losses}, float(norm)
+            shares = _by_set({name: counts.pop(name, 0.0) for name in of_sets}, [each.name for each in batches.sets])
             stop_signal = counts.pop("signal")
             # The scaler of fp16 skips a step whose gradient overflows.
             for name, value in (("loss", losses["loss"]), ("gradient norm", gradient_norm)):
                 if not math.isfinite(value) and not (name == "gradient norm" and accelerator.scaler):
-                    raise _not_finite(
-                        step, name, value, [batches.examples[row] for row in batches.rows(step - 1)], folder
-                    )
+                    raise _not_finite(step, name, value, batches.examples(step - 1), folder)
             rates = learning_rates(optimizer)
             scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
             optimizer.step()
@@ -187,6 +190,7 @@ def train(
             done.totals = {key: done.totals[key] + value for key, value in counts.items()}
             metrics: dict[str, float] = {
                 **_prefixed("train", losses),
+                **_prefixed("train", shares),
                 "train/learning_rate": next(iter(rates.values())),
                 **(_prefixed("train/learning_rate", rates) if len(rates) > 1 else {}),
                 "train/gradient_norm": gradient_norm,
@@ -245,27 +249,40 @@ def train(
 
 
 def compute_gradient(
-    accelerator: Accelerator, model: TrainedModel, loss: Loss, micro_batches: list[Batch], *, cached: bool
-) -> dict[str, float]:
+    accelerator: Accelerator,
+    model: TrainedModel,
+    loss: Loss,
+    micro_batches: list[Batch],
+    *,
+    cached: bool,
+    sets: int = 1,
+) -> tuple[dict[str, float], dict[str, float]]:
     """Leave in the parameters the gradient of the mean loss over all queries of the step, on all processes, which
-    synchronise once; return what this process adds to the means of that loss and of all that it logs.
+    synchronise once; return what this process adds to the means of that loss and of all that it logs, and to the sum of
+    the loss and the number of queries of each of the data's sets.
 
     cached: encode twice and hold the activations of one chunk at a time.
     """
     logged: dict[str, Tensor] = {}
+    of_sets = torch.zeros(2, sets, device=accelerator.device)
     for batch in micro_batches:
         last = batch is micro_batches[-1]
         encoder = GradCache(model) if cached else model
         with nullcontext() if last and not cached else accelerator.no_sync(model):
             with accelerator.autocast():
-                value, parts = loss(encode_batch(encoder, batch, accelerator.device))
+                values, parts = loss(encode_batch(encoder, batch, accelerator.device))
             # DistributedDataParallel takes the mean over processes, and the shares make a sum of it.
-            accelerator.backward(value * (batch.share * accelerator.num_processes))
+            accelerator.backward(values.mean() * (batch.share * accelerator.num_processes))
         if isinstance(encoder, GradCache):
             encoder.replay(accelerator, list(loss.learnt.parameters()), synchronise=last)
-        for name, part in {"loss": value.detach(), **parts}.items():
+        values = values.detach()
+        places = torch.tensor([place.set for place in batch.places], device=values.device)
+        of_sets.index_add_(1, places, torch.stack([values.float(), torch.ones_like(values, dtype=torch.float32)]))
+        for name, part in {"loss": values.mean(), **parts}.items():
             logged[name] = logged.get(name, 0.0) + part * batch.share
-    return dict(zip(logged, torch.stack(list(logged.values())).tolist(), strict=True))
+    numbers = torch.cat([torch.stack(list(logged.values())), of_sets.flatten()]).tolist()
+    keys = [f"{what} of set {index}" for what in ("loss", "queries") for index in range(sets)]
+    return dict(zip(logged, numbers, strict=False)), dict(zip(keys, numbers[len(logged) :], strict=True))
 
 
 def resume(state: TrainState, accelerator: Accelerator, folder: RunFolder, console: Console) -> None:
@@ -344,6 +361,16 @@ def _rates(counts: dict[str, float]) -> dict[str, float]:
         "document_tokens_per_second": counts["tokens"] / counts["seconds"],
         "padding_fraction": 1 - counts["tokens"] / counts["padded_tokens"],
     }
+
+
+def _by_set(counts: dict[str, float], names: list[str]) -> dict[str, float]:
+    """Mean loss and queries of each set of a mix that the step has queries of."""
+    metrics = {}
+    for index, name in enumerate(names):
+        if queries := counts[f"queries of set {index}"]:
+            metrics[f"{name}/loss"] = counts[f"loss of set {index}"] / queries
+            metrics[f"{name}/queries"] = queries
+    return metrics
 
 
 def _prefixed(prefix: str, metrics: dict[str, float] | None) -> dict[str, float]:

@@ -11,10 +11,12 @@ from accelerate.utils import DistributedType
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 
-from configs.schema import Config, ConfigError, Normalization, Precision, Score
+from configs.schema import Config, ConfigError, Draw, MixedBatch, Normalization, Precision, Score
 from losses.maxsim import check_kernel, choose_backend
 from trainer.data import Data
-from trainer.data.batches import choose_documents, count_steps_per_epoch
+from trainer.data.batches import choose_documents
+from trainer.data.order import count_steps_per_epoch
+from trainer.data.tables import TrainingSet
 
 # Queries whose teacher is looked at, evenly over the data.
 TEACHER_SAMPLE = 10_000
@@ -22,14 +24,19 @@ TEACHER_SAMPLE = 10_000
 ONE_HOT = 0.99
 
 
-def check_batch(config: Config, examples: int, processes: int) -> None:
+def check_batch(config: Config, data: Data, processes: int) -> None:
     """Raise ConfigError where the training examples do not fill one batch, or a micro-batch not every process."""
+    if len(data.sets) > 1 and config.data.mix_batches is MixedBatch.one_set:
+        for each in data.sets:
+            _check_batch(config, len(each), f"{len(each)} training examples of {each.name}", processes)
+    else:
+        _check_batch(config, data.size, f"{data.size} training examples", processes)
+
+
+def _check_batch(config: Config, examples: int, which: str, processes: int) -> None:
     trainer = config.trainer
     if trainer.batch_size > examples:
-        raise ConfigError(
-            f"trainer.batch_size={trainer.batch_size} is larger than the {examples} training examples: "
-            f"set {examples} or less"
-        )
+        raise ConfigError(f"trainer.batch_size={trainer.batch_size} is larger than the {which}: set {examples} or less")
     smallest = examples // count_steps_per_epoch(examples, trainer.batch_size) // trainer.accumulation_steps
     if smallest < processes:
         raise ConfigError(
@@ -53,15 +60,32 @@ def check_teacher(config: Config, data: Data, *, query_length: int | None) -> No
 
     query_length: tokens of a query, each of which adds 1 to a score at most; None where that is not known.
     """
+    terms = config.loss.terms
+    if terms.distillation or terms.margin_mse:
+        for index, examples in enumerate(data.sets):
+            _check_teacher(config, examples, index, query_length=query_length)
+
+
+def _check_teacher(config: Config, examples: TrainingSet, index: int, *, query_length: int | None) -> None:
     terms, loss = config.loss.terms, config.loss
-    if not (terms.distillation or terms.margin_mse):
-        return
-    rows = range(0, len(data.train), max(1, len(data.train) // TEACHER_SAMPLE))
-    sample = data.train.select_columns(["scores", "place"]).select(rows)
-    wanted = config.data.documents_per_query
+    if not examples.has_teacher:
+        raise ConfigError(
+            f"loss.terms.distillation and margin_mse need teacher scores, and {examples.name} has none: give some, or "
+            "set both to 0"
+        )
+    rows = range(0, len(examples), max(1, len(examples) // TEACHER_SAMPLE))
+    sample = examples.examples.select_columns(["scores", "positives", "place"]).select(rows)
     taught = [
-        np.array(scores)[choose_documents(len(scores), wanted, seed=(config.seed, 0, row))]
-        for row, scores in zip(rows, sample["scores"], strict=True)
+        np.array(scores)[
+            choose_documents(
+                len(scores),
+                examples.config.documents_per_query,
+                positives=positives,
+                stratified=examples.config.draw is Draw.stratified,
+                seed=(config.seed, 0, row, index),
+            )
+        ]
+        for row, scores, positives in zip(rows, sample["scores"], sample["positives"], strict=True)
     ]
 
     def complain(bad: list[bool], what: str, remedy: str) -> None:

@@ -1,9 +1,9 @@
 """What a run will do, in global terms: the start-up table."""
 
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
-import pyarrow.compute as pc
 from accelerate import Accelerator
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
@@ -12,7 +12,10 @@ from configs.schema import Config, LossConfig
 from losses.factory import Loss
 from losses.maxsim import kernel_obstacle
 from trainer.data import Data
-from trainer.data.batches import Batch, StepBatches, count_steps_per_epoch
+from trainer.data.batches import Batch, StepBatches
+from trainer.data.check import data_warnings
+from trainer.data.order import count_steps_per_epoch
+from trainer.data.tables import TrainingSet, column
 from trainer.loop import count_steps
 from trainer.optim import describe_optimizer
 from trainer.plan import maxsim_inputs, token_cap
@@ -29,19 +32,22 @@ def describe_run(
     micro_batch = trainer.batch_size // trainer.accumulation_steps
     processes = accelerator.num_processes
     each = f"{micro_batch // processes}" if micro_batch % processes == 0 else f"about {micro_batch / processes:.1f}"
-    evaluation = f"none: data.evaluation_fraction={config.data.evaluation_fraction:g} holds out no example"
+    evaluation = "none: data.evaluation_fraction holds out no example"
     if data.evaluation is not None:
         evaluation = f"{len(data.evaluation.queries):,} queries, {len(data.evaluation.corpus):,} documents"
         evaluation += ", each query's own re-ranked" if data.evaluation.candidates is not None else ""
-    steps = count_steps(config, len(data.train))
-    sample = data.train[:SAMPLE]
+    steps = count_steps(config, data.size)
     reasons = [kernel_obstacle(**each) for each in maxsim_inputs(config, accelerator.device, encoder)]
     reason = next(filter(None, reasons), None)
-    counts = pc.list_value_length(
-        data.train.select_columns("document_ids").with_format("arrow")[:]["document_ids"]
-    ).to_numpy()
-    # Beside the positive, on average.
-    others = np.minimum(counts, config.data.documents_per_query or counts).mean() - 1
+    # Of each example: documents beside its positives, and how many of them a step takes.
+    counts = [each.document_counts - column(each.examples, "positives") for each in data.sets]
+    taken = np.concatenate(
+        [
+            np.minimum(own, each.config.documents_per_query - 1) if each.config.documents_per_query else own
+            for own, each in zip(counts, data.sets, strict=True)
+        ]
+    )
+    available, others = np.concatenate(counts), taken.mean()
     micro_batches = batches[0]
     queries, documents = (
         sum(len(getattr(batch, side).chunks) for batch in micro_batches) for side in ("queries", "documents")
@@ -49,20 +55,21 @@ def describe_run(
     kept = f"of at most {batches.chunk_tokens:,} tokens" + (", each encoded twice" if trainer.cache_tokens else "")
     gradients = sum(4 * parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
     return {
-        "data": f"{config.data.format.name}, {len(data.train):,} training examples",
+        "data": _data(config, data, batches),
+        **({"warnings": "\n".join(warnings)} if (warnings := list(data_warnings(data.sets, data.evaluation))) else {}),
         "evaluation": evaluation,
-        "queries": _lengths(encoder, sample["query"], "query"),
-        "documents": _lengths(encoder, [texts[0] for texts in sample["documents"]], "document"),
+        "queries": _lengths(encoder, data.sets, "query"),
+        "documents": _lengths(encoder, data.sets, "document"),
         "batch": f"{trainer.batch_size} queries a step, {trainer.accumulation_steps} micro-batch(es) of {micro_batch}, "
         f"{processes} process(es)" + (f" of {each} queries each" if processes > 1 else ""),
-        "documents a query": _documents(counts, others),
+        "documents a query": _documents(available, others),
         "negatives a query": _negatives(config.loss, others, micro_batch, processes),
         "chunks": f"{queries} of queries and {documents} of documents a step and process, {kept}",
         "synchronisations": f"1 a step, of {_size(gradients)} of gradients" if processes > 1 else "none, one process",
         "loss": _loss(loss),
         "scores": _scores(micro_batches, loss, processes),
         "optimizer": describe_optimizer(encoder, loss.learnt, config.optimizer),
-        "steps": f"{steps:,}, {steps / count_steps_per_epoch(len(data.train), trainer.batch_size):.2f} epochs",
+        "steps": f"{steps:,}, {steps / count_steps_per_epoch(data.size, trainer.batch_size):.2f} epochs",
         "precision": f"{trainer.precision.name} on {accelerator.device.type}",
         "MaxSim": loss.maxsim + (f", as {reason}" if loss.maxsim != trainer.maxsim.name and reason else ""),
         "output": config.output_dir,
@@ -72,7 +79,7 @@ def describe_run(
 def _documents(counts: "np.ndarray[tuple[int], np.dtype[np.int64]]", others: float) -> str:
     if not others:
         return "1, its positive"
-    drawn = f", drawn from up to {counts.max() - 1} anew each epoch" if others < counts.mean() - 1 else ""
+    drawn = f", drawn from up to {counts.max()} anew each epoch" if others < counts.mean() else ""
     return f"its positive and {others:.4g} more{drawn}"
 
 
@@ -100,7 +107,7 @@ def _loss(loss: Loss) -> str:
 
 def _scores(micro_batches: list[Batch], loss: Loss, processes: int) -> str:
     """How many there are on one process, and the memory that they and the winners for their gradient take."""
-    largest = max(micro_batches, key=lambda batch: len(batch.rows))
+    largest = max(micro_batches, key=lambda batch: len(batch.places))
     queries, documents = largest.candidates.shape
     whose = "of its own"
     if "contrastive" in loss.terms:
@@ -120,16 +127,42 @@ def _size(count: float) -> str:
     return f"{count:,.3g} GB" if count < 999.5 else f"{count:,.0f} GB"
 
 
-def _lengths(encoder: MultiVectorEncoder, texts: list[str], task: str) -> str:
+def _data(config: Config, data: Data, batches: StepBatches) -> str:
+    """The sets, their examples, and in a mix their share of the queries."""
+    if len(data.sets) == 1:
+        return f"{data.sets[0].name}, {data.size:,} training examples"
+    shares = np.array(batches.order.shares) / sum(batches.order.shares)
+    sets = [f"{each.name} {share:.0%} of {len(each):,}" for each, share in zip(data.sets, shares, strict=True)]
+    kind = "steps of one set each" if batches.order.one_set else "steps of all sets"
+    return f"mix of {', '.join(sets)} training examples; {kind}"
+
+
+def _lengths(encoder: MultiVectorEncoder, sets: Sequence[TrainingSet], task: str) -> str:
     """The cap of a side, how much of a sample it cuts, and what is added to a text."""
     transformer = encoder[0]
     assert isinstance(transformer, Transformer)
     assert transformer.tokenizer is not None
-    prompt = encoder.prompts.get(task) or ""
-    lengths = [len(tokens) for tokens in transformer.tokenizer([prompt + text for text in texts])["input_ids"]]
-    cut = sum(length > token_cap(transformer, task) for length in lengths) / len(lengths)
-    measured = f", which cuts {cut:.0%} of {len(texts)}, whose median is {statistics.median_low(lengths)}"
-    return describe_side(encoder, task, measured=measured)
+    cut = texts = 0
+    median = []
+    for each in sets:
+        prefix, length = getattr(each.config, f"{task}_prefix"), getattr(each.config, f"{task}_length")
+        prompt = (encoder.prompts.get(task) or "") if prefix is None else prefix
+        sample = _sample(each, task)
+        lengths = [len(tokens) for tokens in transformer.tokenizer([prompt + text for text in sample])["input_ids"]]
+        cut += sum(tokens > (length or token_cap(transformer, task)) for tokens in lengths)
+        texts += len(sample)
+        median += lengths
+    measured = f", which cuts {cut / texts:.0%} of {texts}, whose median is {statistics.median_low(median)}"
+    own = [f"{each.name} {length}" for each in sets if (length := getattr(each.config, f"{task}_length")) is not None]
+    return describe_side(encoder, task, measured=(f" ({', '.join(own)})" if own else "") + measured)
+
+
+def _sample(examples: TrainingSet, task: str) -> list[str]:
+    """The first texts of a side that are trained on."""
+    rows = examples.examples.select(range(min(SAMPLE, len(examples))))
+    if task == "query":
+        return list(examples.queries[rows["query"]]["text"])
+    return list(examples.documents[[own[0] for own in rows["documents"]]]["text"])
 
 
 def describe_side(encoder: MultiVectorEncoder, task: str, *, measured: str = "") -> str:

@@ -1,26 +1,32 @@
 """From files to examples: what a run trains on and what it is scored on.
 
-Examples are a `datasets.Dataset` with the columns query (text), query_id (int64), documents (list of texts, the
-positive first), document_ids (list of int64, one a document), scores (list of float64: the teacher's, one a document,
-or an empty list without a teacher) and place (where the example stands, as file:line). Ids are never 0, which stands
-for no document. A new format gets a file here that returns such a table, and its line in `load_data`.
+A set of examples (`tables.TrainingSet`) is three tables on disk: queries, documents, and examples that name rows of
+both, the positives first, with a teacher's scores and the place, file:line, where each stands. A new format gets a file
+here that returns such a set, and its line in `_load_set`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from datasets import Dataset
-
-from configs.schema import ConfigError, DataConfig, DataFormat
-from trainer.data import distillation, pairs, python_functions
+from configs.schema import ConfigError, DataConfig, DataFormat, SetConfig
+from trainer.data import beir, distillation_ids, pairs, python_functions, stanford
 from trainer.data.retrieval import RetrievalSet
+from trainer.data.tables import TrainingSet
 
 
 @dataclass(frozen=True)
 class Data:
     """What a run needs: examples to train on, and a set to score on, or None."""
 
-    train: Dataset
+    sets: Sequence[TrainingSet]
+    """One, or those of a mix."""
     evaluation: RetrievalSet | None
+
+    @property
+    def size(self) -> int:
+        """Examples of all sets."""
+        return sum(map(len, self.sets))
 
 
 def load_data(config: DataConfig) -> Data:
@@ -28,18 +34,46 @@ def load_data(config: DataConfig) -> Data:
 
     Raises ConfigError that names the key, or file:line, of what is missing, malformed or empty.
     """
+    data, errors = load_sets(config)
+    if errors:
+        raise ConfigError(errors[0])
+    return data
+
+
+def load_sets(config: DataConfig) -> tuple[Data, list[str]]:
+    """Read, check and split the data; of a set that cannot be read, what is wrong with it, in a line."""
+    sets, evaluations, errors = list[TrainingSet](), dict[str, RetrievalSet](), list[str]()
+    for name, each in (config.sets or {Path(config.path or config.format.name).stem: config}).items():
+        try:
+            examples, evaluation = _load_set(name, each)
+        except ConfigError as error:
+            errors.append(str(error))
+            continue
+        sets.append(examples)
+        if evaluation is not None:
+            evaluations[name] = evaluation
+    return Data(sets, RetrievalSet.union(evaluations) if evaluations else None), errors
+
+
+def _load_set(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet | None]:
+    held_out: TrainingSet | RetrievalSet | None
     match config.format:
+        case DataFormat.pairs | DataFormat.scored:
+            train, held_out = pairs.load(name, config)
+        case DataFormat.beir:
+            train, held_out = beir.load(name, config)
+        case DataFormat.distillation_ids:
+            train, held_out = distillation_ids.load(name, config)
+        case DataFormat.stanford:
+            train, held_out = stanford.load(name, config)
         case DataFormat.python_functions:
-            train, held_out = python_functions.load(config)
-        case DataFormat.pairs:
-            train, held_out = pairs.load(config)
-        case DataFormat.distillation:
-            train, held_out = distillation.load(config)
+            train, held_out = python_functions.load(name, config)
+        case DataFormat.mix:
+            raise AssertionError("parse_config lets no mix of mixes pass")
     if not len(train):
         raise ConfigError(
             f"data.path={config.path}: no example is left to train on: give more, or lower data.evaluation_fraction"
         )
-    if not len(held_out):
-        return Data(train, None)
-    has_teacher = config.format is DataFormat.distillation
-    return Data(train, RetrievalSet.from_teacher(held_out) if has_teacher else RetrievalSet.from_examples(held_out))
+    if isinstance(held_out, TrainingSet):
+        held_out = RetrievalSet.of(held_out)
+    return train, held_out

@@ -1,31 +1,19 @@
-"""From examples to token batches, in an order that is a pure function of seed, epoch and step."""
+"""From examples to token batches: what each process encodes of each step."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class TokenizedTexts:
-    """Texts of one side as chunks of similar length, so that little is padded."""
-
-    chunks: list[dict[str, Any]]
-    """Features for the encoder, shortest texts first."""
-    order: Tensor
-    """(number of texts,) int64: which of the given texts each row of the concatenated chunks is."""
-    tokens: int
-    """Tokens that stand for text, markers and expansion."""
-    padded_tokens: int
-    """Tokens that are computed."""
+from configs.schema import DataConfig, Draw, MixedBatch
+from trainer.data.order import Order, Place, bounds
+from trainer.data.tables import IntArray, TrainingSet, column
+from trainer.data.tokens import TokenizedTexts, TokenTable, tokenized
 
 
 @dataclass(frozen=True)
@@ -43,108 +31,202 @@ class Batch:
     """(N,) int64"""
     known_positives: Tensor
     """(Q, P) int64: ids of all positives that the training examples give the query; 0 where there are fewer."""
-    rows: list[int]
+    places: list[Place]
     """Which training examples these are."""
     share: float
     """These queries over those of the optimiser step, on all processes: the weight of their mean loss."""
 
 
+class _TokenizedSet:
+    """A training set with the tokens of its texts."""
+
+    def __init__(self, examples: TrainingSet, encoder: MultiVectorEncoder) -> None:
+        self.set, self.config = examples, examples.config
+        self.table = examples.examples.select_columns(["query", "documents", "positives", "scores"])
+        self.query_identities = examples.queries.select_columns("identity").with_format("numpy")
+        self.document_identities = examples.documents.select_columns("identity").with_format("numpy")
+        self.queries = tokenized(
+            examples.queries,
+            encoder,
+            "query",
+            rows=np.unique(column(examples.examples, "query")),
+            length=self.config.query_length,
+            prefix=self.config.query_prefix,
+        )
+        self.documents = tokenized(
+            examples.documents,
+            encoder,
+            "document",
+            rows=examples.named_documents(),
+            length=self.config.document_length,
+            prefix=self.config.document_prefix,
+        )
+
+    def lengths(self) -> IntArray:
+        """(examples,): tokens of each example's first positive."""
+        documents = self.documents.places(self.set.first_documents())
+        return self.documents.lengths[documents]
+
+
 class StepBatches(torch.utils.data.Dataset[list[Batch]]):
     """What one process has of the micro-batches of each optimiser step, by step from 0.
 
-    An epoch is a permutation of all examples, cut into steps of sizes that differ by one at most: none is lost or
-    repeated, and no last step is left with a query and nothing to tell its document from. A step is cut into
-    micro-batches, and a micro-batch into processes, in the same way: the number of processes changes no micro-batch.
+    A step is cut into micro-batches, and a micro-batch into processes, evenly: the number of processes changes no
+    micro-batch.
     """
 
     def __init__(
         self,
-        examples: Dataset,
+        sets: Sequence[TrainingSet],
         encoder: MultiVectorEncoder,
         *,
+        config: DataConfig,
         batch_size: int,
         accumulation_steps: int,
         chunk_tokens: int,
-        documents_per_query: int | None,
         seed: int,
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        self.examples = examples
-        self.encoder = encoder
+        self.sets = sets
         self.batch_size = batch_size
         self.accumulation_steps = accumulation_steps
         self.chunk_tokens = chunk_tokens
-        self.documents_per_query = documents_per_query
         self.seed = seed
         self.process = process
         self.processes = processes
-        self.steps_per_epoch = count_steps_per_epoch(len(examples), batch_size)
-        self._positives = _positives_by_query(examples)
+        self._tokenized = [_TokenizedSet(each, encoder) for each in sets]
+        self.order = Order(
+            sizes=[len(each) for each in sets],
+            shares=[config.mix.get(each.name, 1.0) * len(each) ** config.mix_by_size for each in sets],
+            batch_size=batch_size,
+            seed=seed,
+            one_set=config.mix_batches is MixedBatch.one_set,
+            window=config.length_window,
+            lengths=[each.lengths() for each in self._tokenized] if config.length_window else (),
+        )
+        known = np.concatenate([each.known_positives() for each in sets])
+        self._known_queries, self._known_documents = known[np.lexsort(known.T[::-1])].T.copy()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
 
     def __getitem__(self, step: int) -> list[Batch]:
-        rows = self.rows(step)
-        micro_batches = [part for part in cut(rows, self.accumulation_steps) if part]
+        places = self.order.step(step)
+        micro_batches = [part for part in cut(places, self.accumulation_steps) if part]
         own = [cut(micro_batch, self.processes)[self.process] for micro_batch in micro_batches]
-        epoch = step // self.steps_per_epoch
-        return [self._batch(part, epoch, share=len(part) / len(rows)) for part in own]
+        return [self._batch(part, share=len(part) / len(places)) for part in own]
 
-    def rows(self, step: int) -> list[int]:
-        """Rows of the examples of a step."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(self.seed, epoch, len(self.examples))
-        start, stop = bounds(len(order), step_in_epoch, self.steps_per_epoch)
-        return order[start:stop].tolist()
+    def examples(self, step: int) -> list[dict[str, Any]]:
+        """The examples of a step, on all processes, with their texts."""
+        return [self.sets[place.set].example(place.row) for place in self.order.step(step)]
 
-    def _batch(self, rows: list[int], epoch: int, *, share: float) -> Batch:
-        examples = self.examples[rows]
-        chosen = [
-            choose_documents(len(texts), self.documents_per_query, seed=(self.seed, epoch, row))
-            for row, texts in zip(rows, examples["documents"], strict=True)
-        ]
-
-        def take(column: str) -> list[list[Any]]:
-            """The chosen of each query, where the column has any."""
-            return [
-                [values[place] for place in places] if values else []
-                for values, places in zip(examples[column], chosen, strict=True)
-            ]
-
-        places = iter(range(sum(map(len, chosen))))
-        documents = [text for texts in take("documents") for text in texts]
-        scores = take("scores")
+    def _batch(self, places: list[Place], *, share: float) -> Batch:
+        drawn = [_Drawn() for _ in places]
+        for index, positions in _by_set(places):
+            for position, example in zip(positions, self._drawn(index, [places[p] for p in positions]), strict=True):
+                drawn[position] = example
+        numbers = iter(range(sum(len(example.documents) for example in drawn)))
+        scores = [example.scores for example in drawn]
         return Batch(
-            queries=tokenize(self.encoder, examples["query"], task="query", chunk_tokens=self.chunk_tokens),
-            documents=tokenize(self.encoder, documents, task="document", chunk_tokens=self.chunk_tokens),
-            candidates=_table([[next(places) for _ in part] for part in chosen], fill=-1),
-            teacher_scores=_table(scores, fill=0.0) if any(scores) else None,
-            document_ids=torch.tensor([identity for part in take("document_ids") for identity in part]),
-            known_positives=_table([self._known_positives(query) for query in examples["query_id"]], fill=0),
-            rows=rows,
+            queries=self._chunks(places, [[example.query] for example in drawn], "queries"),
+            documents=self._chunks(places, [example.documents for example in drawn], "documents"),
+            candidates=_table([[next(numbers) for _ in example.documents] for example in drawn], fill=-1),
+            teacher_scores=_table(scores, fill=0.0) if all(scores) else None,
+            document_ids=torch.tensor([identity for example in drawn for identity in example.document_identities]),
+            known_positives=_table([self._known_positives(example.query_identity) for example in drawn], fill=0),
+            places=places,
             share=share,
         )
 
-    def _known_positives(self, query_id: int) -> list[int]:
-        first, last = (np.searchsorted(self._positives[:, 0], query_id, side) for side in ("left", "right"))
-        return [int(identity) for identity in self._positives[first:last, 1]]
+    def _drawn(self, index: int, places: list[Place]) -> Iterator["_Drawn"]:
+        """What the epoch draws of examples of one set."""
+        own = self._tokenized[index]
+        examples = own.table[[place.row for place in places]]
+        queries = own.query_identities[examples["query"]]["identity"].tolist()
+        chosen = [
+            choose_documents(
+                len(documents),
+                own.config.documents_per_query,
+                positives=positives,
+                stratified=own.config.draw is Draw.stratified,
+                seed=(self.seed, place.epoch, place.row, place.set),
+            )
+            for place, documents, positives in zip(places, examples["documents"], examples["positives"], strict=True)
+        ]
+        documents = [
+            [rows[number] for number in numbers] for rows, numbers in zip(examples["documents"], chosen, strict=True)
+        ]
+        identities = iter(own.document_identities[[row for rows in documents for row in rows]]["identity"].tolist())
+        for number, numbers in enumerate(chosen):
+            scores = examples["scores"][number]
+            yield _Drawn(
+                query=examples["query"][number],
+                query_identity=queries[number],
+                documents=documents[number],
+                document_identities=list(islice(identities, len(numbers))),
+                scores=[scores[place] for place in numbers] if scores else [],
+            )
+
+    def _chunks(self, places: list[Place], rows: list[list[int]], side: str) -> TokenizedTexts:
+        """The texts of examples, given by their rows, one example after the other; a chunk has those of one set."""
+        starts = np.cumsum([0, *map(len, rows)])
+        parts, orders = [], []
+        for index, positions in _by_set(places):
+            table: TokenTable = getattr(self._tokenized[index], side)
+            taken = np.array([row for position in positions for row in rows[position]])
+            given = np.concatenate([np.arange(starts[position], starts[position + 1]) for position in positions])
+            parts.append(table.chunks(taken, chunk_tokens=self.chunk_tokens))
+            orders.append(torch.from_numpy(given)[parts[-1].order])
+        return TokenizedTexts(
+            chunks=[chunk for part in parts for chunk in part.chunks],
+            order=torch.cat(orders),
+            tokens=sum(part.tokens for part in parts),
+            padded_tokens=sum(part.padded_tokens for part in parts),
+        )
+
+    def _known_positives(self, query: int) -> list[int]:
+        first, last = (np.searchsorted(self._known_queries, query, side) for side in ("left", "right"))
+        found: list[int] = self._known_documents[first:last].tolist()
+        return found
 
 
-def choose_documents(documents: int, wanted: int | None, *, seed: tuple[int, int, int]) -> list[int]:
-    """Which of an example's documents an epoch takes: the positive, and of the others as many as fit; None takes all.
+@dataclass(frozen=True)
+class _Drawn:
+    """What an epoch takes of an example."""
 
-    seed: of the run, the epoch, the example's row: no other example, and no process, changes the draw.
+    query: int = 0
+    query_identity: int = 0
+    documents: list[int] = field(default_factory=list)
+    document_identities: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+
+def _by_set(places: list[Place]) -> Iterator[tuple[int, list[int]]]:
+    """Each set that examples come from, and where these stand."""
+    for index in sorted({place.set for place in places}):
+        yield index, [position for position, place in enumerate(places) if place.set == index]
+
+
+def choose_documents(
+    documents: int, wanted: int | None, *, positives: int, stratified: bool, seed: tuple[int, ...]
+) -> list[int]:
+    """Which of an example's documents, positives first, an epoch takes: one of the positives, and of the others as many
+    as fit; None takes all.
+
+    stratified: one from each of as many equal ranges of the others, which then stand in the teacher's order; seed: of
+    the run, the epoch, the example: no other example, and no process, changes the draw.
     """
-    if wanted is None or wanted >= documents:
-        return list(range(documents))
-    others = np.random.default_rng(seed).choice(documents - 1, wanted - 1, replace=False)
-    return [0, *sorted((others + 1).tolist())]
-
-
-def _positives_by_query(examples: Dataset) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
-    """Query id and document id of each different pair of a query and its positive, sorted."""
-    table = examples.select_columns(["query_id", "document_ids"]).with_format("arrow")[:]
-    pairs = [table["query_id"], pc.list_element(table["document_ids"], 0)]
-    return np.unique(np.stack([column.to_numpy() for column in pairs], axis=1), axis=0)
+    random = np.random.default_rng(seed)
+    positive = int(random.integers(positives)) if positives > 1 else 0
+    others = documents - positives
+    if wanted is None or wanted > others:
+        return [positive, *range(positives, documents)]
+    if stratified:
+        edges = [bounds(others, part, wanted - 1) for part in range(wanted - 1)]
+        return [positive, *(positives + int(random.integers(start, stop)) for start, stop in edges)]
+    return [positive, *sorted((random.choice(others, wanted - 1, replace=False) + positives).tolist())]
 
 
 def _table(rows: list[list[Any]], *, fill: float) -> Tensor:
@@ -154,56 +236,6 @@ def _table(rows: list[list[Any]], *, fill: float) -> Tensor:
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype)
 
 
-def count_steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Optimiser steps that take every example once, none with more than batch_size."""
-    return math.ceil(examples / batch_size)
-
-
-def bounds(items: int, part: int, parts: int) -> tuple[int, int]:
-    """Where one part begins and ends when items are cut evenly: sizes differ by one at most."""
-    return items * part // parts, items * (part + 1) // parts
-
-
-def cut(rows: list[int], parts: int) -> list[list[int]]:
-    """Rows in order, cut evenly."""
-    return [rows[slice(*bounds(len(rows), part, parts))] for part in range(parts)]
-
-
-@lru_cache(maxsize=1)
-def _epoch_order(seed: int, epoch: int, examples: int) -> Tensor:
-    # One generator an epoch; the odd factor keeps (seed, epoch) and (seed + 1, epoch - 1) apart.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(examples, generator=generator)
-
-
-def tokenize(encoder: MultiVectorEncoder, texts: Sequence[str], *, task: str, chunk_tokens: int) -> TokenizedTexts:
-    """Tokenise texts of one side ("query" or "document"), sort them by length and cut them into chunks.
-
-    A chunk has at most chunk_tokens tokens, padding included, and one text at least.
-    """
-    features = encoder.preprocess(list(texts), prompt=encoder.prompts.get(task) or None, task=task)
-    used = features["attention_mask"].bool()
-    if "query_expansion_positions" in features:
-        used = used | features["query_expansion_positions"]
-    lengths, order = used.sum(dim=1).sort(stable=True)
-    chunks, start = [], 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and int(lengths[stop]) * (stop + 1 - start) <= chunk_tokens:
-            stop += 1
-        rows = order[start:stop]
-        # Columns that any text of the chunk uses, whichever side the tokenizer pads.
-        columns = used[rows].any(dim=0)
-        chunks.append(
-            {
-                name: value[rows][:, columns] if isinstance(value, Tensor) and value.shape[:2] == used.shape else value
-                for name, value in features.items()
-            }
-        )
-        start = stop
-    return TokenizedTexts(
-        chunks=chunks,
-        order=order,
-        tokens=int(lengths.sum()),
-        padded_tokens=sum(chunk["attention_mask"].numel() for chunk in chunks),
-    )
+def cut(places: list[Place], parts: int) -> list[list[Place]]:
+    """Examples in order, cut evenly."""
+    return [places[slice(*bounds(len(places), part, parts))] for part in range(parts)]

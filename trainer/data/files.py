@@ -1,35 +1,75 @@
-"""Files of rows: where they lie, what stands in each row and where, and the table of examples kept of them on disk."""
+"""Files of rows, and data sets of the Hub: where they lie, what stands in each row, and at which file and line."""
 
 import csv
 import gzip
-import inspect
 import json
+import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from hashlib import md5
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, List, Value
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetsError
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, SetConfig
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # .gz may follow the texts among them
-FEATURES = Features(
-    {
-        "query": Value("string"),
-        "query_id": Value("int64"),
-        "documents": List(Value("string")),
-        "document_ids": List(Value("int64")),
-        "scores": List(Value("float64")),
-        "place": Value("string"),
-    }
-)
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # .gz may follow the texts among them
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+BATCH = 1000
+
+
+class EmptyText(ConfigError):
+    """A text that is empty, where one is needed."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows lie: in files, or in a split of a data set that `datasets` loads, from the Hub or from a folder laid
+    out as there."""
+
+    files: tuple[Path, ...] = ()
+    repository: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        if self.repository is not None:
+            return " ".join(filter(None, (self.repository, self.subset, self.split)))
+        return str(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+
+    def version(self) -> tuple[Any, ...]:
+        """What differs where the rows do."""
+        if self.repository is not None:
+            return (self._open()._fingerprint,)
+        return tuple((stamp.st_mtime_ns, stamp.st_size) for stamp in (path.stat() for path in self.files))
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield file:line and columns of each row. Raises ConfigError where a row cannot be read."""
+        for path in self.files:
+            yield from checked_rows(path)
+        if self.repository is not None:
+            for number, row in enumerate(_rows_of(self._open().with_format("arrow").iter(BATCH)), start=1):
+                yield f"{self} row {number}", row
+
+    def _open(self) -> datasets.Dataset:
+        assert self.repository is not None
+        try:
+            found = datasets.load_dataset(self.repository, self.subset, split=self.split, revision=self.revision)
+        except (ValueError, OSError, KeyError, DatasetsError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{self} cannot be loaded: {reason}; check data.path, data.subset, data.split and data.revision"
+            ) from error
+        assert isinstance(found, datasets.Dataset), "split names one"
+        return found
 
 
 def find(key: str, name: str, root: str) -> Path:
@@ -42,132 +82,149 @@ def find(key: str, name: str, root: str) -> Path:
     return path
 
 
-def find_file(key: str, name: str, split_key: str, split: str | None, root: str) -> Path:
-    """The file that a path names; of a folder, the file of the split."""
-    path = find(key, name, root)
+def find_source(config: SetConfig, key: str, name: str, split_key: str, split: str | None) -> Source:
+    """What a path names: a file, the files of a pattern, of a folder the file of the split, or a data set of the Hub.
+
+    key and split_key: the keys that gave the path and the split.
+    """
+    if any(sign in name for sign in "*?["):
+        # Path.glob takes no absolute pattern.
+        files = sorted(glob(str(Path(config.root, name)))) or sorted(glob(name))  # noqa: PTH207
+        if not files:
+            raise ConfigError(f"{key}={name}: no file matches, in {config.root} or the working folder")
+        return Source(tuple(_checked(Path(file), f"{key}={name}") for file in files))
+    try:
+        path = find(key, name, config.root)
+    except ConfigError:
+        if not HUB_NAME.fullmatch(name):
+            raise
+        return Source((), name, config.subset, split, config.revision)
     if path.is_dir():
-        return file_in(path, split, asked=f"{split_key}={split}")
-    if not _readable(path):
-        raise ConfigError(f"{key}={name}: the ending must be one of {', '.join(ENDINGS)}; .gz may follow a text")
-    return path
+        if is_repository(path, split, config.subset):
+            return Source((), str(path), config.subset, split, config.revision)
+        return Source((file_in(path, split, asked=f"{split_key}={split}"),))
+    return Source((_checked(path, f"{key}={name}"),))
+
+
+def is_repository(folder: Path, split: str | None, subset: str | None) -> bool:
+    """Whether a folder is laid out as on the Hub, so that `datasets` knows which files are meant."""
+    return subset is not None or ((folder / "README.md").is_file() and not _named(folder, split))
 
 
 def file_in(folder: Path, stem: str | None, *, asked: str) -> Path:
     """The one file of a folder that has this name without its ending; asked: the key and value that ask for it."""
-    files = [file for file in sorted(folder.iterdir()) if file.name.split(".")[0] == stem and _readable(file)]
+    files = _named(folder, stem)
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
         raise ConfigError(f"{asked}: {folder} must hold one file {stem}.<jsonl, csv, tsv or parquet>; found {found}")
     return files[0]
 
 
+def _named(folder: Path, stem: str | None) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.name.split(".")[0] == stem and _readable(file)]
+
+
+def _checked(path: Path, asked: str) -> Path:
+    if not _readable(path):
+        raise ConfigError(f"{asked}: the ending must be one of {', '.join(ENDINGS)}; .gz may follow a text")
+    return path
+
+
 def _readable(path: Path) -> bool:
-    return _ending(path) in ENDINGS and not path.name.endswith(".parquet.gz")
+    return _ending(path) in ENDINGS and not path.name.endswith((".parquet.gz", ".arrow.gz"))
 
 
 def _ending(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def kept_table(
-    examples: Callable[..., Iterator[dict[str, Any]]],
-    files: Sequence[Path],
-    options: Sequence[Any],
-    *,
-    features: Features,
-) -> Dataset:
-    """Put what `examples(*files, *options)` yields into a table on disk, kept for as long as the files stay.
-
-    Raises the ConfigError that examples raises, or one that names the first file.
-    """
-    stamps = [path.stat() for path in files]
-    rules = Path(__file__), Path(inspect.getfile(examples))
-    # The files as they are now, read by the rules as they are now.
-    version = (
-        *((stamp.st_mtime_ns, stamp.st_size) for stamp in stamps),
-        *(md5(path.read_bytes()).hexdigest() for path in rules),
-    )
-    try:
-        return Dataset.from_generator(
-            _versioned,
-            features=features,
-            gen_kwargs={"examples": examples, "arguments": (*files, *options), "version": version},
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise ConfigError(f"{files[0]} cannot be kept as a table: {error.__cause__}") from error
-
-
-def _versioned(
-    examples: Callable[..., Iterator[dict[str, Any]]], arguments: tuple[Any, ...], version: tuple[Any, ...]
-) -> Iterator[dict[str, Any]]:
-    """Yield the examples; version is not read here: it keeps the tables of different versions apart."""
-    yield from examples(*arguments)
-
-
-def identity(text: str) -> int:
-    """A whole number of 63 bits that stands for a text wherever it comes again; never 0, which stands for no text."""
-    # Of 63 bits, since torch and Arrow hold signed numbers of 64; of 10 million texts two meet once in 200,000 sets.
-    return int.from_bytes(md5(text.encode(), usedforsecurity=False).digest()[:8]) >> 1 or 1
-
-
 def checked_text(place: str, column: str, value: object) -> str:
     if not isinstance(value, str | None):
-        raise ConfigError(f"{place}: {column}={value!r} must be a text")
+        raise ConfigError(f"{place}: {column}={value!r:.40} must be a text")
     if value is None or not value.strip():
-        raise ConfigError(f"{place}: {column} is empty: fill it or remove the example")
+        raise EmptyText(f"{place}: {column} is empty")
     return value
 
 
 def checked_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield file:line and columns of each row, with one line for whatever keeps the file from being read."""
-    readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    readers = {
+        ".jsonl": _json_lines,
+        ".json": _json,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+        ".arrow": _arrow,
+    }
     try:
         yield from readers[_ending(path)](path)
-    except (OSError, EOFError, UnicodeError, zlib.error, csv.Error, pa.ArrowException) as error:
+    except (OSError, csv.Error, pa.ArrowException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{path} cannot be read: {reason}") from error
 
 
-def _open(path: Path) -> TextIO:
-    # newline="" leaves line ends inside a CSV cell as they are; utf-8-sig drops the mark that Excel puts first.
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield file:line and text, line end included, of each line of a plain or gzipped file.
+
+    Raises ConfigError where the gzip is cut, or a byte is not UTF-8.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    # Excel puts a mark first.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise ConfigError(
+                        f"{path}:{number}: byte 0x{line[error.start]:02x} at offset {error.start} of the line is not "
+                        "UTF-8: save the file as UTF-8"
+                    ) from error
+                yield f"{path}:{number}", text
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConfigError(
+            f"{path}: the gzip is cut or damaged behind line {number} ({error}): fetch the file again"
+        ) from error
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"{path}:{number}"
-                yield place, _object(place, _parse(path, line.rstrip(), first_line=number))
+    for place, value in json_values(path):
+        yield place, _object(place, value)
+
+
+def json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield file:line and value of each line of JSON."""
+    for place, line in lines(path):
+        if line.strip():
+            try:
+                yield place, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"{place} is no JSON ({error.msg} at column {error.colno}): mend or remove the line"
+                ) from error
+            except RecursionError as error:
+                raise ConfigError(f"{place} is no JSON (nested too deeply): mend or remove the line") from error
 
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """A whole array, or JSON lines under the shorter ending."""
-    with _open(path) as file:
-        while (character := file.read(1)).isspace():
-            pass
-    if character != "[":
+    first = next((line.lstrip() for _, line in lines(path) if line.strip()), "")
+    if not first.startswith("["):
         yield from _json_lines(path)
         return
-    with _open(path) as file:
-        rows = _parse(path, file.read(), first_line=1)
+    try:
+        rows = json.loads("".join(line for _, line in lines(path)))
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}:{error.lineno} is no JSON ({error.msg} at column {error.colno}): mend or remove the line"
+        ) from error
     for number, row in enumerate(rows, start=1):
         place = f"{path} example {number}"
         yield place, _object(place, row)
-
-
-def _parse(path: Path, text: str, *, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{first_line + error.lineno - 1}"
-        raise ConfigError(
-            f"{place} is no JSON ({error.msg} at column {error.colno}): mend or remove the line"
-        ) from error
 
 
 def _object(place: str, row: Any) -> dict[str, Any]:
@@ -177,27 +234,43 @@ def _object(place: str, row: Any) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _open(path) as file:
-        csv.field_size_limit(sys.maxsize)
-        # In a TSV quotes are letters like any other.
-        is_tsv = _ending(path) == ".tsv"
-        dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {"strict": True}
-        reader = csv.reader(file, **dialect)
-        header: list[str] = []
-        for cells in filter(None, reader):
-            if not header:
-                header = cells
-                continue
-            # The reader stands behind the row, whose texts may hold line ends.
-            place = f"{path}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
-            if len(cells) > len(header):
-                raise ConfigError(f"{place}: {len(cells)} cells under {len(header)} columns: quote cells with commas")
-            yield place, {column: cell or None for column, cell in zip_longest(header, cells)}
+    csv.field_size_limit(sys.maxsize)
+    # In a TSV quotes are letters like any other.
+    is_tsv = _ending(path) == ".tsv"
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {"strict": True}
+    reader = csv.reader((line for _, line in lines(path)), **dialect)
+    header: list[str] = []
+    for cells in filter(None, reader):
+        if not header:
+            header = cells
+            continue
+        # The reader stands behind the row, whose texts may hold line ends.
+        place = f"{path}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
+        if len(cells) != len(header):
+            raise ConfigError(
+                f"{place}: {len(cells)} cells under {len(header)} columns: "
+                + ("fill the row, if with empty cells" if len(cells) < len(header) else "quote cells with commas")
+            )
+        yield place, {column: cell or None for column, cell in zip_longest(header, cells)}
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    for batch in pq.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
-            number += 1
+    for number, row in enumerate(_rows_of(pq.ParquetFile(path).iter_batches(BATCH)), start=1):
+        yield f"{path} example {number}", row
+
+
+def _arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A stream, as `datasets` writes it, or a file of Arrow's."""
+    with pa.memory_map(str(path)) as file:
+        try:
+            batches: Any = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        for number, row in enumerate(_rows_of(batches), start=1):
             yield f"{path} example {number}", row
+
+
+def _rows_of(batches: Any) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        yield from batch.to_pylist()

@@ -6,6 +6,7 @@ Query: the first sentence of the docstring's first paragraph. Document: the sour
 
 import ast
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -13,40 +14,42 @@ from hashlib import md5
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
 
-from configs.schema import DataConfig
-from trainer.data.files import FEATURES, identity
+from configs.schema import SetConfig
+from trainer.data.files import Source
+from trainer.data.tables import WITH_TEXTS, TrainingSet, kept_table, set_of_rows, values, with_texts
 
 LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo"}
 MINIMUM_CHARACTERS = 60
 QUERY_WORDS = range(5, 41)
 
 
-def load(config: DataConfig) -> tuple[Dataset, Dataset]:
+def load(name: str, config: SetConfig) -> tuple[TrainingSet, TrainingSet | None]:
     """Return training and held-out examples, each query once; the counts depend on the Python that runs."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    train: list[dict[str, Any]] = []
-    held_out: list[dict[str, Any]] = []
+    table = kept_table(_examples, [], [str(library), sys.version], features=WITH_TEXTS)
+    examples = set_of_rows(name, config, Source(), table)
+    threshold = round(100 * (config.evaluation_fraction or 0))
+    modules = [place.rpartition(":")[0] for place in values(table, "place")]
+    is_held_out = np.array([_bucket(Path(module).relative_to(library).as_posix()) < threshold for module in modules])
+    if not is_held_out.any():
+        return examples, None
+    return examples.select(np.flatnonzero(~is_held_out)), examples.select(np.flatnonzero(is_held_out))
+
+
+def _bucket(module: str) -> int:
+    return int(md5(module.encode(), usedforsecurity=False).hexdigest(), 16) % 100
+
+
+def _examples(folder: str, version: str) -> Iterator[dict[str, Any]]:
+    """Yield the examples; version: of the Python whose library it is."""
     seen: set[str] = set()
-    for module in _modules(library):
-        name = module.relative_to(library).as_posix()
-        bucket = int(md5(name.encode(), usedforsecurity=False).hexdigest(), 16) % 100
+    for module in _modules(Path(folder)):
         for query, source, line in _functions(module):
             if query not in seen:
                 seen.add(query)
-                side = held_out if bucket < round(100 * config.evaluation_fraction) else train
-                side.append(
-                    {
-                        "query": query,
-                        "query_id": identity(query),
-                        "documents": [source],
-                        "document_ids": [identity(source)],
-                        "scores": [],
-                        "place": f"{module}:{line}",
-                    }
-                )
-    return _table(train), _table(held_out)
+                yield with_texts(f"{module}:{line}", query, [source])
 
 
 def _modules(library: Path) -> Iterator[Path]:
@@ -78,9 +81,3 @@ def _functions(module: Path) -> Iterator[tuple[str, str, int]]:
         source = ast.unparse(node)
         if len(source) >= MINIMUM_CHARACTERS:
             yield query, source, node.lineno
-
-
-def _table(examples: list[dict[str, Any]]) -> Dataset:
-    # from_list does not take features together with an empty list.
-    columns = {column: [example[column] for example in examples] for column in FEATURES}
-    return Dataset.from_dict(columns, features=FEATURES)

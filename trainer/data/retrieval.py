@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
-from datasets import Dataset
+from trainer.data.tables import TrainingSet
 
 # Grades of the documents that a teacher puts first, its best first.
 TEACHER_GRADES = range(10, 0, -1)
@@ -21,15 +21,21 @@ class RetrievalSet:
     """Ids of the documents that each query ranks, by query id; None ranks the whole corpus for each."""
 
     @classmethod
-    def from_examples(cls, examples: Dataset) -> Self:
+    def of(cls, examples: TrainingSet) -> Self:
+        """What held-out examples ask: of a teacher's, its order of their own documents."""
+        return cls.from_teacher(examples) if examples.has_teacher else cls.from_examples(examples)
+
+    @classmethod
+    def from_examples(cls, examples: TrainingSet) -> Self:
         """Each different text once: the corpus is all documents of the examples, and positives have grade 1."""
         query_ids: dict[str, str] = {}
         document_ids: dict[str, str] = {}
         judgements: dict[str, dict[str, int]] = {}
-        for example in examples:
+        for row in range(len(examples)):
+            example = examples.example(row)
             query = query_ids.setdefault(example["query"], f"q{len(query_ids)}")
             documents = [document_ids.setdefault(text, f"d{len(document_ids)}") for text in example["documents"]]
-            judgements.setdefault(query, {})[documents[0]] = 1
+            judgements.setdefault(query, {}).update(dict.fromkeys(documents[: example["positives"]], 1))
         return cls(
             queries={identifier: text for text, identifier in query_ids.items()},
             corpus={identifier: text for text, identifier in document_ids.items()},
@@ -37,16 +43,17 @@ class RetrievalSet:
         )
 
     @classmethod
-    def from_teacher(cls, examples: Dataset) -> Self:
+    def from_teacher(cls, examples: TrainingSet) -> Self:
         """Each query ranks its own documents again: the teacher's ten best have the grades 10 to 1, others none.
 
-        Queries and documents are told apart by the ids of the examples; examples of one query are taken together.
+        Equal texts are one query, or one document; examples of one query are taken together.
         """
         queries: dict[str, str] = {}
         corpus: dict[str, str] = {}
         scores: dict[str, dict[str, float]] = {}
-        for example in examples:
-            query, documents = str(example["query_id"]), [str(identifier) for identifier in example["document_ids"]]
+        for row in range(len(examples)):
+            example = examples.example(row)
+            query, documents = str(example["query_identity"]), list(map(str, example["document_identities"]))
             queries[query] = example["query"]
             corpus.update(zip(documents, example["documents"], strict=True))
             scores.setdefault(query, {}).update(zip(documents, example["scores"], strict=True))
@@ -57,3 +64,23 @@ class RetrievalSet:
             judgements={query: dict(zip(own, TEACHER_GRADES, strict=False)) for query, own in candidates.items()},
             candidates=candidates,
         )
+
+    @classmethod
+    def union(cls, sets: dict[str, Self]) -> Self:
+        """The queries of all sets, each of which ranks what it ranks in its own: by name, which goes before the ids."""
+        if len(sets) == 1:
+            return next(iter(sets.values()))
+        queries: dict[str, str] = {}
+        corpus: dict[str, str] = {}
+        judgements: dict[str, dict[str, int]] = {}
+        candidates: dict[str, list[str]] = {}
+        for name, each in sets.items():
+            queries |= {f"{name}/{key}": text for key, text in each.queries.items()}
+            corpus |= {f"{name}/{key}": text for key, text in each.corpus.items()}
+            for query, own in each.judgements.items():
+                judgements[f"{name}/{query}"] = {f"{name}/{key}": grade for key, grade in own.items()}
+            whole = [f"{name}/{key}" for key in each.corpus]
+            for query in each.queries:
+                own_candidates = each.candidates and [f"{name}/{key}" for key in each.candidates[query]]
+                candidates[f"{name}/{query}"] = own_candidates or whole
+        return cls(queries, corpus, judgements, candidates)

@@ -1,0 +1,196 @@
+"""BEIR's layout: a folder with a corpus, queries and graded judgements (Thakur et al. 2021).
+
+corpus and queries are JSON lines (_id, text, of a document perhaps a title), qrels/<split>.tsv is query-id, corpus-id
+and score under a header; all may be gzipped. A run in TREC's format brings further negatives.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.schema import ConfigError, Negatives, SetConfig
+from trainer.data.files import Source, checked_rows, file_in, find, lines
+from trainer.data.pairs import hold_out
+from trainer.data.retrieval import RetrievalSet
+from trainer.data.tables import (
+    EXAMPLES,
+    Index,
+    TrainingSet,
+    empty_texts,
+    identifier,
+    kept_table,
+    text_table,
+    values,
+    without_empty,
+)
+
+# Of the judgements, the share that may name texts that are not there: published sets have a few.
+UNKNOWN = 0.05
+
+
+def load(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet | None]:
+    """Return training examples, one a query, and queries to rank the whole corpus for: those of the evaluation split,
+    or a share of the training queries."""
+    assert config.path is not None, "parse_config asks for data.path"
+    folder = find("data.path", config.path, config.root)
+    if not folder.is_dir():
+        raise ConfigError(f"data.path={config.path} is a file: name the BEIR folder that holds it")
+    queries, corpus = (
+        Source((file_in(folder, stem, asked=f"data.path={config.path}"),)) for stem in ("queries", "corpus")
+    )
+    qrels = _qrels(folder, "data.split", config.split)
+    run = None
+    if config.run_path is not None:
+        run = find("data.run_path", config.run_path, config.root)
+    sources = [Source((qrels,)), queries, corpus, *([Source((run,))] if run else [])]
+    assert config.positive_grade is not None, "parse_config asks for data.positive_grade"
+    table = kept_table(_examples, sources, [config.positive_grade, config.negatives], features=EXAMPLES)
+    query_texts, document_texts = _queries(queries), _corpus(corpus)
+    warnings = [*empty_texts(document_texts, corpus), *_unknown(qrels, queries, corpus)]
+    examples = TrainingSet(name, config, query_texts, document_texts, table, tuple(warnings))
+    examples = without_empty(examples, Source((qrels,)))
+    if config.evaluation_split is not None:
+        grades = _judgements(_qrels(folder, "data.evaluation_split", config.evaluation_split), queries, corpus)
+        return examples, _retrieval(grades, query_texts, document_texts)
+    examples, held_out = hold_out(examples, config.evaluation_fraction or 0)
+    if held_out is None:
+        return examples, None
+    rows = set(held_out.examples["query"])
+    grades = {query: own for query, own in _judgements(qrels, queries, corpus).items() if query in rows}
+    return examples, _retrieval(grades, query_texts, document_texts)
+
+
+def _qrels(folder: Path, key: str, split: str | None) -> Path:
+    if not (folder / "qrels").is_dir():
+        raise ConfigError(f"{key}={split}: {folder} has no folder qrels with the judgements: add it")
+    return file_in(folder / "qrels", split, asked=f"{key}={split}")
+
+
+def _queries(source: Source) -> Any:
+    return text_table(source, "_id", "text")
+
+
+def _corpus(source: Source) -> Any:
+    return text_table(source, "_id", "title", "text")
+
+
+def _retrieval(grades: dict[int, dict[int, int]], queries: Any, corpus: Any) -> RetrievalSet:
+    ids = dict(enumerate(values(corpus, "id")))
+    chosen = queries.select(list(grades))
+    names = dict(zip(grades, chosen["id"], strict=True))
+    return RetrievalSet(
+        queries=dict(zip(chosen["id"], chosen["text"], strict=True)),
+        corpus=dict(zip(ids.values(), values(corpus, "text"), strict=True)),
+        judgements={names[query]: {ids[row]: grade for row, grade in own.items()} for query, own in grades.items()},
+    )
+
+
+def _judgements(qrels: Path, queries: Source, corpus: Source) -> dict[int, dict[int, int]]:
+    """Grade by row of the corpus by row of the queries, of queries that any document answers."""
+    grades: dict[int, dict[int, int]] = {}
+    for _, query, document, grade in _known(qrels, queries, corpus):
+        grades.setdefault(query, {})[document] = grade
+    return {query: own for query, own in grades.items() if any(grade > 0 for grade in own.values())}
+
+
+def _known(qrels: Path, queries: Source, corpus: Source) -> Iterator[tuple[str, int, int, int]]:
+    """Yield the judgements of texts that are there, as place, rows and grade."""
+    query_index = Index(_queries(queries), queries, "query-id")
+    document_index = Index(_corpus(corpus), corpus, "corpus-id")
+    unknown, total = list[str](), 0
+    for place, query, document, grade in _rows(qrels):
+        total += 1
+        rows = query_index.get(query), document_index.get(document)
+        if rows[0] is None or rows[1] is None:
+            name, key, where = ("query-id", query, queries) if rows[0] is None else ("corpus-id", document, corpus)
+            unknown.append(f"{place}: {name}={key} is not in {where}")
+            continue
+        yield place, rows[0], rows[1], grade
+    if not total:
+        raise ConfigError(f"{qrels} holds no judgement: give query-id, corpus-id and score in each row")
+    if len(unknown) > UNKNOWN * total:
+        raise ConfigError(
+            f"{unknown[0]}, and so in {len(unknown):,} of {total:,} judgements, more than {UNKNOWN:.0%}: are these the "
+            "judgements of this corpus?"
+        )
+
+
+def _unknown(qrels: Path, queries: Source, corpus: Source) -> Iterator[str]:
+    """A warning where judgements name texts that are not there."""
+    known = {name: set(values(table, "id")) for name, table in (("q", _queries(queries)), ("d", _corpus(corpus)))}
+    rows = list(_rows(qrels))
+    missing = [place for place, query, document, _ in rows if query not in known["q"] or document not in known["d"]]
+    if missing:
+        found = f"{len(missing):,} of {len(rows):,}"
+        yield f"{found} judgements name texts that are not there, first {missing[0]}; left out"
+
+
+def _rows(qrels: Path) -> Iterator[tuple[str, str, str, int]]:
+    """Yield place, ids and grade of each judgement."""
+    for place, row in checked_rows(qrels):
+        if not {"query-id", "corpus-id", "score"} <= set(row):
+            raise ConfigError(
+                f"{place}: the columns are {', '.join(row)}: the first line must be query-id, corpus-id, score"
+            )
+        query, document = (identifier(place, name, row[name]) for name in ("query-id", "corpus-id"))
+        try:
+            grade = int(row["score"])
+        except (TypeError, ValueError):
+            raise ConfigError(f"{place}: score={row['score']!r:.40} must be a whole number") from None
+        yield place, query, document, grade
+
+
+def _examples(qrels: Source, queries: Source, corpus: Source, *rest: Any) -> Iterator[dict[str, Any]]:
+    """Yield an example of each query that a document answers; of an empty text, none."""
+    *run, positive_grade, negatives = rest
+    query_texts, document_texts = _queries(queries), _corpus(corpus)
+    query_index, document_index = Index(query_texts, queries, "query-id"), Index(document_texts, corpus, "corpus-id")
+    judged: dict[int, dict[int, int]] = {}
+    places: dict[int, str] = {}
+    for place, query, document, grade in _known(qrels.files[0], queries, corpus):
+        judged.setdefault(query, {})[document] = grade
+        places.setdefault(query, place)
+    ranked = _ranking(run[0].files[0], query_index, document_index) if run else {}
+    empty = True
+    for query, grades in judged.items():
+        others = [document for document, grade in grades.items() if grade < positive_grade]
+        positives = [document for document, grade in grades.items() if grade >= positive_grade]
+        if not positives:
+            continue
+        if negatives is Negatives.none:
+            others = []
+        if negatives is Negatives.run:
+            others = [document for document in ranked.get(query, ()) if grades.get(document, 0) < positive_grade]
+        empty = False
+        # An empty text answers nothing, and is told apart too easily.
+        positives, others = ([row for row in rows if not document_index.is_empty(row)] for rows in (positives, others))
+        has_texts = bool(positives) and not query_index.is_empty(query)
+        yield {
+            "query": query,
+            "documents": [*positives, *others] if has_texts else [],
+            "positives": len(positives) if has_texts else 0,
+            "scores": [],
+            "place": places[query],
+        }
+    if empty:
+        raise ConfigError(
+            f"{qrels} has no query with a document of grade {positive_grade} or more: lower data.positive_grade"
+        )
+
+
+def _ranking(path: Path, queries: Index, corpus: Index) -> dict[int, list[int]]:
+    """Rows of the documents of each query, in the order of the run."""
+    ranked: dict[int, list[int]] = {}
+    for place, line in lines(path):
+        cells = line.split()
+        if not cells:
+            continue
+        if len(cells) != 6:
+            raise ConfigError(
+                f"{place}: {len(cells)} cells, and TREC's runs have 6: query, Q0, document, rank, score, name"
+            )
+        query = queries.get(cells[0])
+        if query is None:
+            continue  # a run may rank for more queries than are trained on
+        ranked.setdefault(query, []).append(corpus.row(place, cells[2]))
+    return ranked
