@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datasets import Features, Value
+
 from configs.schema import ConfigError, Negatives, SetConfig
 from trainer.data.files import Source, checked_rows, file_in, find, lines
 from trainer.data.pairs import hold_out
@@ -26,6 +28,7 @@ from trainer.data.tables import (
 
 # Of the judgements, the share that may name texts that are not there: published sets have a few.
 UNKNOWN = 0.05
+UNKNOWN_JUDGEMENTS = Features({"count": Value("int64"), "place": Value("string"), "what": Value("string")})
 
 
 def load(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet | None]:
@@ -46,7 +49,10 @@ def load(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet | None
     assert config.positive_grade is not None, "parse_config asks for data.positive_grade"
     table = kept_table(_examples, sources, [config.positive_grade, config.negatives], features=EXAMPLES)
     query_texts, document_texts = _queries(queries), _corpus(corpus)
-    warnings = [*empty_texts(document_texts, corpus), *_unknown(qrels, queries, corpus)]
+    warnings = [*empty_texts(document_texts, corpus)]
+    unknown = _unknown_judgements(qrels, queries, corpus)
+    if unknown["count"]:
+        warnings.append(f"{unknown['count']:,} judgements are of no text, first {unknown['place']}: {unknown['what']}")
     examples = TrainingSet(name, config, query_texts, document_texts, table, tuple(warnings))
     examples = without_empty(examples, Source((qrels,)))
     if config.evaluation_split is not None:
@@ -97,32 +103,42 @@ def _known(qrels: Path, queries: Source, corpus: Source) -> Iterator[tuple[str, 
     """Yield the judgements of texts that are there, as place, rows and grade."""
     query_index = Index(_queries(queries), queries, "query-id")
     document_index = Index(_corpus(corpus), corpus, "corpus-id")
-    unknown, total = list[str](), 0
+    unknown, total = 0, 0
     for place, query, document, grade in _rows(qrels):
         total += 1
         rows = query_index.get(query), document_index.get(document)
         if rows[0] is None or rows[1] is None:
-            name, key, where = ("query-id", query, queries) if rows[0] is None else ("corpus-id", document, corpus)
-            unknown.append(f"{place}: {name}={key} is not in {where}")
+            unknown += 1
             continue
         yield place, rows[0], rows[1], grade
     if not total:
         raise ConfigError(f"{qrels} holds no judgement: give query-id, corpus-id and score in each row")
-    if len(unknown) > UNKNOWN * total:
+    if unknown > UNKNOWN * total:
+        first = _unknown_judgements(qrels, queries, corpus)
         raise ConfigError(
-            f"{unknown[0]}, and so in {len(unknown):,} of {total:,} judgements, more than {UNKNOWN:.0%}: are these the "
-            "judgements of this corpus?"
+            f"{first['place']}: {first['what']}, and so in {unknown:,} of {total:,} judgements, more than "
+            f"{UNKNOWN:.0%}: are these the judgements of this corpus?"
         )
 
 
-def _unknown(qrels: Path, queries: Source, corpus: Source) -> Iterator[str]:
-    """A warning where judgements name texts that are not there."""
-    known = {name: set(values(table, "id")) for name, table in (("q", _queries(queries)), ("d", _corpus(corpus)))}
-    rows = list(_rows(qrels))
-    missing = [place for place, query, document, _ in rows if query not in known["q"] or document not in known["d"]]
-    if missing:
-        found = f"{len(missing):,} of {len(rows):,}"
-        yield f"{found} judgements name texts that are not there, first {missing[0]}; left out"
+def _unknown_judgements(qrels: Path, queries: Source, corpus: Source) -> dict[str, Any]:
+    sources = [Source((qrels,)), queries, corpus]
+    found: dict[str, Any] = kept_table(_unknown, sources, [], features=UNKNOWN_JUDGEMENTS)[0]
+    return found
+
+
+def _unknown(qrels: Source, queries: Source, corpus: Source) -> Iterator[dict[str, Any]]:
+    """Yield one row: how many judgements are of a text that is not there, and of the first, where it stands and why."""
+    query_index = Index(_queries(queries), queries, "query-id")
+    document_index = Index(_corpus(corpus), corpus, "corpus-id")
+    count, first = 0, {"place": "", "what": ""}
+    for place, query, document, _ in _rows(qrels.files[0]):
+        for name, key, index in (("query-id", query, query_index), ("corpus-id", document, document_index)):
+            if index.get(key) is None:
+                first = first if count else {"place": place, "what": f"{name}={key} is not in {index.source}"}
+                count += 1
+                break
+    yield {"count": count, **first}
 
 
 def _rows(qrels: Path) -> Iterator[tuple[str, str, str, int]]:

@@ -43,6 +43,8 @@ class Order:
     """Batches whose examples are sorted by length among themselves; None leaves the order random."""
     lengths: Sequence[IntArray] = field(default=(), repr=False)
     """Of the examples of each set, where there is a window."""
+    _kept: dict[int, tuple[int, IntArray, IntArray | None]] = field(default_factory=dict, init=False, repr=False)
+    """The epoch that each set is in, with its examples."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -56,41 +58,46 @@ class Order:
             start, stop = bounds(sum(self.sizes), turn, self.steps_per_epoch)
             return [self._example(index, number) for index, number in turns[start:stop].tolist()]
         index, number = (0, step) if len(self.sizes) == 1 else self._turns(epoch, self.steps_per_epoch)[turn].tolist()
-        epoch, number = divmod(number, count_steps_per_epoch(self.sizes[index], self.batch_size))
-        return [Place(index, epoch, row) for row in self._batches(index, epoch)[number].tolist()]
+        size = self.sizes[index]
+        steps = count_steps_per_epoch(size, self.batch_size)
+        epoch, number = divmod(number, steps)
+        rows, order = self._epoch(index, epoch)
+        start, stop = bounds(size, number if order is None else int(order[number]), steps)
+        return [Place(index, epoch, row) for row in rows[start:stop].tolist()]
 
     def _example(self, index: int, number: int) -> Place:
         epoch, place = divmod(number, self.sizes[index])
-        return Place(index, epoch, int(_permutation(self.seed, index, epoch, self.sizes[index])[place]))
+        return Place(index, epoch, int(self._epoch(index, epoch)[0][place]))
 
     def _turns(self, epoch: int, turns: int) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
         """(turns, 2): the set of each turn of an epoch of the mix, and which of the set's own turns that is."""
         return _turns(self.seed, epoch, turns, tuple(self.shares))
 
-    def _batches(self, index: int, epoch: int) -> list[IntArray]:
-        """The rows of each step of an epoch of a set."""
-        return _batches(self, index, epoch)
+    def _epoch(self, index: int, epoch: int) -> tuple[IntArray, IntArray | None]:
+        """The examples of an epoch of a set, and in which order its steps take parts of them; None is one by one."""
+        kept = self._kept.get(index)
+        if kept is None or kept[0] != epoch:
+            rows = _permutation(self.seed, index, epoch, self.sizes[index])
+            order = None
+            if self.window is not None:
+                rows, order = self._sorted(rows, index, epoch)
+            self._kept[index] = kept = epoch, rows, order
+        return kept[1:]
+
+    def _sorted(self, rows: IntArray, index: int, epoch: int) -> tuple[IntArray, IntArray]:
+        """The rows, by length within each window, and an order of the steps in which none is known by its place to be
+        short or long."""
+        assert self.window is not None
+        steps = count_steps_per_epoch(len(rows), self.batch_size)
+        windows, rows = math.ceil(steps / self.window), rows.copy()
+        for window in range(windows):  # as even as the steps
+            first, last = bounds(steps, window, windows)
+            start, stop = bounds(len(rows), first, steps)[0], bounds(len(rows), last - 1, steps)[1]
+            own = rows[start:stop]
+            rows[start:stop] = own[np.argsort(self.lengths[index][own], kind="stable")]
+        return rows, np.random.default_rng((self.seed, epoch, index)).permutation(steps)
 
 
-@lru_cache(maxsize=16)
-def _batches(order: Order, index: int, epoch: int) -> list[IntArray]:
-    size = order.sizes[index]
-    rows, steps = _permutation(order.seed, index, epoch, size), count_steps_per_epoch(size, order.batch_size)
-    if order.window is None:
-        return [rows[slice(*bounds(size, step, steps))] for step in range(steps)]
-    # The windows are as even as the steps; of their batches, sorted, none is known by its place to be short or long.
-    windows, batches = math.ceil(steps / order.window), []
-    for window in range(windows):
-        first, last = bounds(steps, window, windows)
-        edges = [bounds(size, step, steps) for step in range(first, last)]
-        own = rows[edges[0][0] : edges[-1][1]]
-        own = own[np.argsort(order.lengths[index][own], kind="stable")]
-        batches += [own[start - edges[0][0] : stop - edges[0][0]] for start, stop in edges]
-    shuffled = np.random.default_rng((order.seed, epoch, index)).permutation(steps)
-    return [batches[place] for place in shuffled]
-
-
-@lru_cache(maxsize=16)
 def _permutation(seed: int, index: int, epoch: int, size: int) -> IntArray:
     # One generator an epoch; the odd factors keep (seed, epoch) and (seed + 1, epoch - 1) apart, and the sets.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + index * 7_368_787_001) % 2**63)

@@ -43,6 +43,8 @@ def load(name: str, config: SetConfig) -> tuple[TrainingSet, TrainingSet | None]
 
 def hold_out(examples: TrainingSet, fraction: float) -> tuple[TrainingSet, TrainingSet | None]:
     """Part by a hash of the query's text: one query, whatever its case and spaces, is on one side, in every run."""
+    if not fraction:
+        return examples, None
     threshold = round(fraction * 10_000)
     rows = examples.examples.select_columns("query").with_format("arrow")[:]["query"].to_pylist()
     buckets = [_bucket(normalised(text)) < threshold for text in values(examples.queries, "text")]

@@ -159,6 +159,10 @@ def kept_table(
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise ConfigError(f"{sources[0]} cannot be kept as a table: {error.__cause__}") from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ConfigError(f"{sources[0]} holds no row: give one with texts") from error
 
 
 def _versioned(
