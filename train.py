@@ -242,7 +242,8 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
 
     from trainer.data import load_data
 
-    datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # of what is read and tokenised once, which may take minutes
     datasets.logging.set_verbosity(50)
     if config.mode is Mode.check:
         return check_data(config, checkpoint)

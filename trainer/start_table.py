@@ -13,7 +13,7 @@ from losses.factory import Loss
 from losses.maxsim import kernel_obstacle
 from trainer.data import Data
 from trainer.data.batches import Batch, StepBatches
-from trainer.data.check import data_warnings
+from trainer.data.check import data_warnings, sample
 from trainer.data.order import count_steps_per_epoch
 from trainer.data.tables import TrainingSet, column
 from trainer.loop import count_steps
@@ -142,27 +142,17 @@ def _lengths(encoder: MultiVectorEncoder, sets: Sequence[TrainingSet], task: str
     transformer = encoder[0]
     assert isinstance(transformer, Transformer)
     assert transformer.tokenizer is not None
-    cut = texts = 0
-    median = []
+    cut, every = 0, list[int]()
     for each in sets:
         prefix, length = getattr(each.config, f"{task}_prefix"), getattr(each.config, f"{task}_length")
         prompt = (encoder.prompts.get(task) or "") if prefix is None else prefix
-        sample = _sample(each, task)
-        lengths = [len(tokens) for tokens in transformer.tokenizer([prompt + text for text in sample])["input_ids"]]
+        texts = [prompt + text for text in sample(each, task, most=SAMPLE)]
+        lengths = [len(tokens) for tokens in transformer.tokenizer(texts)["input_ids"]]
         cut += sum(tokens > (length or token_cap(transformer, task)) for tokens in lengths)
-        texts += len(sample)
-        median += lengths
-    measured = f", which cuts {cut / texts:.0%} of {texts}, whose median is {statistics.median_low(median)}"
+        every += lengths
+    measured = f", which cuts {cut / len(every):.0%} of {len(every)}, whose median is {statistics.median_low(every)}"
     own = [f"{each.name} {length}" for each in sets if (length := getattr(each.config, f"{task}_length")) is not None]
     return describe_side(encoder, task, measured=(f" ({', '.join(own)})" if own else "") + measured)
-
-
-def _sample(examples: TrainingSet, task: str) -> list[str]:
-    """The first texts of a side that are trained on."""
-    rows = examples.examples.select(range(min(SAMPLE, len(examples))))
-    if task == "query":
-        return list(examples.queries[rows["query"]]["text"])
-    return list(examples.documents[[own[0] for own in rows["documents"]]]["text"])
 
 
 def describe_side(encoder: MultiVectorEncoder, task: str, *, measured: str = "") -> str:

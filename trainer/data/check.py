@@ -1,5 +1,6 @@
 """What the data is, in words and figures, before any weight is loaded: `mode=check`, and in brief every run."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -81,13 +82,16 @@ def length_warnings(name: str, tokens: dict[str, IntArray], caps: dict[str, int]
             yield f"{share:.0%} of {name}'s {task} texts are longer than {task}_length={caps[task]} and are cut"
 
 
-def sample(examples: TrainingSet, task: str) -> list[str]:
-    """Texts of a side that are trained on, evenly over the data."""
-    rows = range(0, len(examples), max(1, len(examples) // SAMPLE))
-    chosen = examples.examples.select(rows)
+def sample(examples: TrainingSet, task: str, *, most: int = SAMPLE) -> list[str]:
+    """Texts of a side that are trained on, evenly over the data, and no more than `most`."""
+    chosen = examples.examples.select(_evenly(examples, most))
     if task == "query":
         return list(examples.queries[chosen["query"]]["text"])
     return list(examples.documents[column(chosen, "documents", lambda lists: pc.list_element(lists, 0))]["text"])
+
+
+def _evenly(examples: TrainingSet, most: int) -> range:
+    return range(0, len(examples), math.ceil(len(examples) / most))
 
 
 def _range(counts: IntArray) -> str:
@@ -96,8 +100,7 @@ def _range(counts: IntArray) -> str:
 
 
 def _scores(config: Config, examples: TrainingSet) -> str:
-    rows = range(0, len(examples), max(1, len(examples) // SAMPLE))
-    scores = [np.array(own) for own in examples.examples.select(rows)["scores"]]
+    scores = [np.array(own) for own in examples.examples.select(_evenly(examples, SAMPLE))["scores"]]
     every = np.concatenate(scores)
     temperature = config.loss.distillation.teacher_temperature
     one_hot = np.mean([1 / np.exp((own - own.max()) / temperature).sum() > 0.99 for own in scores])
