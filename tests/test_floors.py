@@ -20,7 +20,7 @@ FLOORS = {
     "scripts": 4,
 }
 # What only the entry points, and the page that explains them, may know.
-HYDRA_IS_KNOWN_IN = {"train", "configs.reference"}
+HYDRA_IS_KNOWN_IN = {"train", "configs.mix", "configs.reference"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -40,9 +40,14 @@ def evaluate(
 
 @torch.inference_mode()
 def rank(
-    encoder: MultiVectorEncoder, retrieval: RetrievalSet, *, batch_size: int, widths: Sequence[int]
+    encoder: MultiVectorEncoder,
+    retrieval: RetrievalSet,
+    *,
+    batch_size: int,
+    widths: Sequence[int],
+    depth: int = DEPTH,
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """Return the score of each query's best documents, best first, by document id, by query id, by width.
+    """Return the score of each query's best `depth` documents, best first, by document id, by query id, by width.
 
     The model's own width comes first, then `widths`, all from one encoding. A query ranks its candidates, or the whole
     corpus where the set names none. Every process must call it, and all get the same.
@@ -59,7 +64,7 @@ def rank(
     first, last = bounds(len(document_ids), processes.process_index, processes.num_processes)
     rankers = _rankers(retrieval)
     # As many columns as any process can fill: they exchange tensors of one shape.
-    columns = min(DEPTH, math.ceil(len(document_ids) / processes.num_processes))
+    columns = min(depth, math.ceil(len(document_ids) / processes.num_processes))
     if retrieval.candidates is not None:
         columns = min(columns, max(map(len, retrieval.candidates.values())))
     no_scores = queries.new_full((len(queries), columns), -math.inf)
@@ -85,7 +90,7 @@ def rank(
                 torch.cat([best_scores[some], scores], dim=1), torch.cat([best_rows[some], rows], dim=1), columns
             )
     encoder.train(was_training)
-    return {width: _rankings(retrieval, *own_best) for width, own_best in best.items()}
+    return {width: _rankings(retrieval, *own_best, depth=depth) for width, own_best in best.items()}
 
 
 def _rankers(retrieval: RetrievalSet) -> dict[str, list[int]] | None:
@@ -115,12 +120,12 @@ def _best(scores: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores, rows.gather(1, positions)
 
 
-def _rankings(retrieval: RetrievalSet, scores: Tensor, rows: Tensor) -> dict[str, dict[str, float]]:
+def _rankings(retrieval: RetrievalSet, scores: Tensor, rows: Tensor, *, depth: int) -> dict[str, dict[str, float]]:
     """What the best columns (Q, columns) of all processes amount to, by document id, by query id."""
     # gather puts the processes one below the other; a query's columns belong side by side.
     shape = PartialState().num_processes, *scores.shape
     scores, rows = (gather(part).view(shape).transpose(0, 1).flatten(start_dim=1) for part in (scores, rows))
-    best = _best(scores, rows, min(DEPTH, scores.shape[1]))
+    best = _best(scores, rows, min(depth, scores.shape[1]))
     document_ids = list(retrieval.corpus)
     return {
         # What a query does not rank, and the columns that a smaller part of the corpus lacks, are left out.

@@ -1,0 +1,220 @@
+"""Mine hard negatives: documents that a model scores high for a query and that do not answer it.
+
+    python scripts/mine_negatives.py model=outputs/<name>/model data=scifact output=mined.jsonl.gz
+    python scripts/mine_negatives.py model=colbertv2 data=pairs data.path=mine.jsonl output=mined.jsonl candidates=bm25
+    python train.py data=scored data.path=mined.jsonl.gz data.positive=first loss=contrastive
+
+For each query that is trained on, candidates are scored by MaxSim: candidates=maxsim ranks every document of the data,
+exactly, in blocks; candidates=bm25 the `top` of a BM25 ranking. Documents that the data names as answers are left out,
+the first `skip` too, and whatever scores above `max_ratio` of the positive, which is likely an answer that nobody has
+judged (Moreira et al. 2024, arXiv 2407.15831, section 3). The best `negatives` of the rest are written, one row a query
+and positive: query, documents (the positive first), scores (MaxSim, which may teach). Any other argument is one of
+train.py.
+"""
+
+import gzip
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import datasets
+import numpy as np
+import torch
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from sentence_transformers import MultiVectorEncoder
+
+from configs.reference import explain_composition
+from configs.schema import ConfigError, explain
+from scripts.models import CONFIGS, compose_config, load_model
+from trainer.console import make_console
+from trainer.data import load_data
+from trainer.data.retrieval import RetrievalSet
+from trainer.data.tables import TrainingSet, column, identity, values
+from trainer.display import print_facts
+from trainer.evaluation import rank
+
+Scores = dict[str, dict[str, float]]
+"""Score by document id, best first, by query id."""
+
+
+@dataclass
+class Options:
+    """What the script takes beside the arguments of train.py."""
+
+    model: str = ""
+    output: str = ""
+    candidates: str = "maxsim"
+    top: int = 100
+    """Documents of a query that are looked at, best first."""
+    negatives: int = 16
+    max_ratio: float = 0.95
+    skip: int = 0
+    batch_size: int = 32
+    overwrite: bool = False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Mine, write the file, and say in figures what was kept and what was dropped."""
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        return 0
+    try:
+        options, overrides = parse(arguments)
+        facts = mine(options, overrides)
+    except ConfigError as error:
+        print(f"mine_negatives: {error}", file=sys.stderr)
+        return 2
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"mine_negatives: {explain_composition(error, CONFIGS)}", file=sys.stderr)
+        return 2
+    print_facts(make_console(), facts)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """The options, and what is left for the config. Raises ConfigError for a value that cannot be."""
+    names = {field.name for field in fields(Options)}
+    own = [argument for argument in arguments if argument.partition("=")[0] in names]
+    try:
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(own)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(options, Options)
+    problems = {
+        "model= is missing: give one folder, Hub name or member of configs/backbone": not options.model,
+        f"output={options.output} must end in .jsonl or .jsonl.gz": not options.output.endswith(
+            (".jsonl", ".jsonl.gz")
+        ),
+        f"output={options.output} exists: name another file, or set overwrite=true": (
+            Path(options.output).exists() and not options.overwrite
+        ),
+        f"candidates={options.candidates} must be maxsim or bm25": options.candidates not in ("maxsim", "bm25"),
+        f"max_ratio={options.max_ratio} must be above 0": not options.max_ratio > 0,
+        f"negatives={options.negatives} must be 1 or more": options.negatives < 1,
+        f"skip={options.skip} must be 0 or more": options.skip < 0,
+        f"top={options.top} must be more than skip={options.skip} and negatives={options.negatives} together": (
+            options.top < options.skip + options.negatives
+        ),
+    }
+    for problem, holds in problems.items():
+        if holds:
+            raise ConfigError(problem)
+    return options, [argument for argument in arguments if argument not in own]
+
+
+def mine(options: Options, overrides: list[str]) -> dict[str, str]:
+    """Write the file, whole or not at all, and return the facts of it."""
+    started = time.perf_counter()
+    config = compose_config(options.model, *overrides)
+    datasets.disable_progress_bars()
+    sets = load_data(config.data).sets
+    encoder = load_model(options.model, *overrides)
+    if torch.accelerator.is_available():
+        encoder = encoder.to(torch.accelerator.current_accelerator())
+    counts = dict.fromkeys(("queries", "positives", "rows", "negatives", "known", "above"), 0)
+    target = Path(options.output)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    opened = gzip.open if target.suffix == ".gz" else open
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with opened(unfinished, "wt", encoding="utf-8") as file:
+            for examples in sets:
+                for row in mined_rows(examples, encoder, options, counts):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        unfinished.replace(target)
+    except OSError as error:
+        raise ConfigError(f"output={target} cannot be written: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if not counts["rows"]:
+        target.unlink()
+        raise ConfigError(f"no negative is left of {counts['queries']} queries: raise max_ratio or top")
+    return {
+        "rows": f"{counts['rows']:,} of {counts['positives']:,} positives of {counts['queries']:,} queries",
+        "negatives": f"{counts['negatives'] / counts['rows']:.1f} a row",
+        "known positives": f"{counts['known'] / counts['queries']:.2f} a query among the top {options.top}, dropped",
+        "above max_ratio": f"{counts['above'] / counts['positives']:.2f} a positive, dropped",
+        "without one": f"{counts['positives'] - counts['rows']:,} positives, left out",
+        "seconds": f"{time.perf_counter() - started:.0f}",
+        "output": f"{target}: python train.py data=scored data.path={target} data.positive=first ...",
+    }
+
+
+def mined_rows(
+    examples: TrainingSet, encoder: MultiVectorEncoder, options: Options, counts: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a set, and count what they are made of."""
+    corpus = texts_by_id(examples.documents, np.arange(len(examples.documents)))
+    queries = texts_by_id(examples.queries, np.unique(column(examples.examples, "query")))
+    positives: dict[str, list[str]] = {query: [] for query in queries}
+    for query, document in examples.known_positives().astype(str).tolist():
+        positives[query].append(document)
+
+    def scored(candidates: dict[str, list[str]] | None, depth: int) -> Scores:
+        asked = RetrievalSet(queries, corpus, judgements={}, candidates=candidates)
+        if candidates is not None:  # of the corpus, what any query ranks
+            named = {document for own in candidates.values() for document in own}
+            asked = RetrievalSet(queries, {key: corpus[key] for key in corpus if key in named}, {}, candidates)
+        [ranking] = rank(encoder, asked, batch_size=options.batch_size, widths=(), depth=depth).values()
+        return ranking
+
+    candidates = bm25(queries, corpus, options.top) if options.candidates == "bm25" else None
+    found = scored(candidates, options.top)
+    answers = scored(positives, max(map(len, positives.values())))
+    for query, text in queries.items():
+        known = set(positives[query])
+        counts["queries"] += 1
+        counts["known"] += len(known & set(found[query]))
+        others = {key: score for key, score in found[query].items() if key not in known}
+        for positive in positives[query]:
+            limit = options.max_ratio * answers[query][positive]
+            below = {key: score for key, score in list(others.items())[options.skip :] if score <= limit}
+            kept = dict(list(below.items())[: options.negatives])
+            counts["positives"] += 1
+            counts["above"] += max(0, len(others) - options.skip) - len(below)
+            counts["rows"] += bool(kept)
+            counts["negatives"] += len(kept)
+            if kept:
+                documents = [corpus[positive], *(corpus[key] for key in kept)]
+                yield {"query": text, "documents": documents, "scores": [answers[query][positive], *kept.values()]}
+
+
+def texts_by_id(table: datasets.Dataset, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> dict[str, str]:
+    """Each different text once, but the empty, by its identity."""
+    chosen = table.select(rows)
+    texts = dict(zip(map(str, column(chosen, "identity").tolist()), values(chosen, "text"), strict=True))
+    texts.pop(str(identity("")), None)
+    return texts
+
+
+def bm25(queries: dict[str, str], corpus: dict[str, str], top: int) -> dict[str, list[str]]:
+    """Ids of the documents that BM25 (Lucene's variant, k1 0.9, b 0.4, Porter's stemmer) ranks first, by query id."""
+    try:
+        import bm25s
+        import Stemmer
+    except ImportError as error:
+        raise ConfigError(f'candidates=bm25 needs {error.name}: pip install -e ".[mining]"') from error
+
+    tokenize = {"stopwords": "en", "stemmer": Stemmer.Stemmer("porter"), "show_progress": False}
+    index = bm25s.BM25(k1=0.9, b=0.4)
+    index.index(bm25s.tokenize(list(corpus.values()), **tokenize), show_progress=False)
+    tokens = bm25s.tokenize(list(queries.values()), **tokenize)
+    ids = np.array(list(corpus))
+    rows, scores = index.retrieve(tokens, k=min(top, len(corpus)), show_progress=False)
+    return {
+        query: ids[own[of > 0]].tolist() or ids[own[:1]].tolist()
+        for query, own, of in zip(queries, rows, scores, strict=True)
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
