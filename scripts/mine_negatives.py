@@ -154,10 +154,10 @@ def mined_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a set, and count what they are made of."""
     corpus = texts_by_id(examples.documents, np.arange(len(examples.documents)))
-    queries = texts_by_id(examples.queries, np.unique(column(examples.examples, "query")))
+    queries = texts_by_id(examples.queries, examples.named_queries())
     positives: dict[str, list[str]] = {query: [] for query in queries}
-    for query, document in examples.known_positives().astype(str).tolist():
-        positives[query].append(document)
+    for query, document in zip(*(pairs.tolist() for pairs in examples.known_positives()), strict=True):
+        positives[str(query)].append(str(document))
 
     def scored(candidates: dict[str, list[str]] | None, depth: int) -> Scores:
         asked = RetrievalSet(queries, corpus, judgements={}, candidates=candidates)

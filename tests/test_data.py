@@ -34,7 +34,8 @@ def write_tsv(path: Path, rows: list[list[Any]]) -> None:
 
 
 def pairs(folder: Path) -> list[str]:
-    table = {"query": QUERIES, "positive": [[text, f"{text} a"] for text in DOCUMENTS], "negative": DOCUMENTS[::-1]}
+    positives = [[text, f"{text} a"] for text in DOCUMENTS]
+    table: dict[str, list[Any]] = {"query": QUERIES, "positive": positives, "negative": DOCUMENTS[::-1]}
     for name, rows in (("part-1", slice(0, 5)), ("part-2", slice(5, 9))):
         pq.write_table(pa.table({column: values[rows] for column, values in table.items()}), folder / f"{name}.parquet")
     return ["data=pairs", f'data.path="{folder}/part-*.parquet"', "data.documents_per_query=2"]

@@ -79,8 +79,8 @@ def test_rows_are_those_of_a_loop(
     rows = mined(output)
     assert sorted((row["query"], row["documents"]) for row in rows) == sorted(row[:2] for row in expected)
     by_positive = {(row["query"], row["documents"][0]): row["scores"] for row in rows}
-    for query, documents, scores in expected:
-        assert by_positive[query, documents[0]] == pytest.approx(scores, abs=1e-5)
+    for query, documents, of_them in expected:
+        assert by_positive[query, documents[0]] == pytest.approx(of_them, abs=1e-5)
 
 
 def test_blocks_change_nothing(

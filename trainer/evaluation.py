@@ -45,14 +45,15 @@ def rank(
     *,
     batch_size: int,
     widths: Sequence[int],
-    depth: int = DEPTH,
+    depth: int | None = None,
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """Return the score of each query's best `depth` documents, best first, by document id, by query id, by width.
+    """Return the score of each query's best documents, best first, by document id, by query id, by width.
 
-    The model's own width comes first, then `widths`, all from one encoding. A query ranks its candidates, or the whole
-    corpus where the set names none. Every process must call it, and all get the same.
+    depth: how many documents of a query; None is as many as the metrics read. The model's own width comes first, then
+    `widths`, all from one encoding. A query ranks its candidates, or the whole corpus where the set names none. Every
+    process must call it, and all get the same.
     """
-    processes = PartialState()
+    processes, depth = PartialState(), depth or DEPTH
     was_training = encoder.training
     # Encoding switches to evaluation; the loop goes on with dropout afterwards.
     own = list(retrieval.queries.values())

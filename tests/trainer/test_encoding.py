@@ -12,7 +12,10 @@ from transformers import AutoTokenizer, ModernBertConfig, ModernBertModel
 from architectures.factory import build_encoder
 from configs.schema import Config
 from losses.temperature import LearntTemperature
-from trainer.data.batches import Batch, tokenize
+from tests.trainer.made import chunked
+from trainer.data.batches import Batch
+from trainer.data.order import Place
+from trainer.data.tokens import Task
 from trainer.encoding import TrainedModel, encode_batch, encode_texts
 
 CPU = torch.device("cpu")
@@ -29,9 +32,9 @@ def whole_forward(encoder: MultiVectorEncoder, texts: list[str], task: str) -> t
 
 
 def chunked_forward(
-    encoder: MultiVectorEncoder, texts: list[str], task: str, chunk_tokens: int
+    encoder: MultiVectorEncoder, texts: list[str], task: Task, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    return encode_texts(encoder, tokenize(encoder, texts, task=task, chunk_tokens=chunk_tokens), CPU, task=task)
+    return encode_texts(encoder, chunked(encoder, texts, task, chunk_tokens), CPU, task=task)
 
 
 def scored_vectors(vectors: Tensor, mask: Tensor) -> list[Tensor]:
@@ -52,7 +55,7 @@ def gradients(encoder: MultiVectorEncoder, vectors: list[Tensor]) -> dict[str, T
 @pytest.mark.parametrize("chunk_tokens", CHUNK_TOKENS)
 @pytest.mark.parametrize("task", ["query", "document"])
 def test_chunks_give_the_vectors_and_masks_of_one_padded_forward(
-    task: str, chunk_tokens: int, encoder: MultiVectorEncoder
+    task: Task, chunk_tokens: int, encoder: MultiVectorEncoder
 ) -> None:
     encoder.eval()
     expected, expected_mask = whole_forward(encoder, TEXTS, task)
@@ -64,7 +67,7 @@ def test_chunks_give_the_vectors_and_masks_of_one_padded_forward(
 @pytest.mark.parametrize("chunk_tokens", CHUNK_TOKENS)
 @pytest.mark.parametrize("task", ["query", "document"])
 def test_chunks_give_the_gradients_of_one_padded_forward(
-    task: str, chunk_tokens: int, encoder: MultiVectorEncoder
+    task: Task, chunk_tokens: int, encoder: MultiVectorEncoder
 ) -> None:
     encoder.eval()
     expected = gradients(encoder, scored_vectors(*whole_forward(encoder, TEXTS, task)))
@@ -90,13 +93,13 @@ def make_batch(
 ) -> Batch:
     """Three queries, of which the second has one document and each of the others two; numbers that tell apart."""
     return Batch(
-        queries=tokenize(encoder, queries, task="query", chunk_tokens=16),
-        documents=tokenize(encoder, documents, task="document", chunk_tokens=16),
+        queries=chunked(encoder, queries, "query", 16),
+        documents=chunked(encoder, documents, "document", 16),
         candidates=torch.tensor([[0, 1], [2, -1], [3, 4]]),
         teacher_scores=teacher_scores,
         document_ids=torch.tensor([11, 12, 2**62, 14, 15]),
         known_positives=torch.tensor([[11, 0], [2**62, 99], [14, 0]]),
-        rows=[0, 1, 2],
+        places=[Place(0, 0, row) for row in range(3)],
         share=1.0,
     )
 
@@ -141,7 +144,7 @@ def test_the_trained_model_encodes_as_its_encoder_and_has_what_the_loss_learns(e
     encoder.eval()
     learnt = nn.ModuleDict({"temperature": LearntTemperature(0.5, (0.1, 1.0))})
     model = TrainedModel(encoder, learnt)
-    texts = tokenize(encoder, TEXTS, task="query", chunk_tokens=30)
+    texts = chunked(encoder, TEXTS, "query", 30)
     for ours, theirs in zip(
         encode_texts(model, texts, CPU, task="query"), encode_texts(encoder, texts, CPU, task="query"), strict=True
     ):
@@ -152,7 +155,7 @@ def test_the_trained_model_encodes_as_its_encoder_and_has_what_the_loss_learns(e
 
 def test_encoding_leaves_the_batch_as_it_was(encoder: MultiVectorEncoder) -> None:
     encoder.eval()
-    texts = tokenize(encoder, TEXTS, task="document", chunk_tokens=30)
+    texts = chunked(encoder, TEXTS, "document", 30)
     names = [set(chunk) for chunk in texts.chunks]
     first, first_mask = encode_texts(encoder, texts, CPU, task="document")
     second, second_mask = encode_texts(encoder, texts, CPU, task="document")
@@ -164,7 +167,7 @@ def test_encoding_leaves_the_batch_as_it_was(encoder: MultiVectorEncoder) -> Non
 @pytest.mark.parametrize("chunk_tokens", CHUNK_TOKENS)
 @pytest.mark.parametrize("task", ["query", "document"])
 def test_padding_on_the_left_gives_the_vectors_of_one_padded_forward(
-    task: str, chunk_tokens: int, make_config: Callable[..., Config], tiny_bert: Path, tmp_path: Path
+    task: Task, chunk_tokens: int, make_config: Callable[..., Config], tiny_bert: Path, tmp_path: Path
 ) -> None:
     # Rotary positions are relative, so where the padding stands cannot change a vector.
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
 
-from configs.schema import DataConfig, DataFormat
-from trainer.data import Data, load_data, python_functions
-from trainer.data.files import identity
+from tests.trainer.datafiles import error_of, every_example, make_set_config, texts
+from trainer.data import load_data, python_functions
+from trainer.data.tables import TrainingSet, identity
 
 # More than 60 characters without a docstring.
 BODY = "    first = value + 1\n    second = first * 2\n    return (first, second, value)\n"
@@ -36,29 +35,17 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def make_config(evaluation_fraction: float = 0.0) -> DataConfig:
-    return DataConfig(
-        format=DataFormat.python_functions,
-        root="data",
-        path=None,
-        split=None,
-        evaluation_split=None,
-        evaluation_path=None,
-        evaluation_fraction=evaluation_fraction,
-        query_column="query",
-        positive_column="positive",
-        negative_columns=None,
-        documents_per_query=None,
-    )
+def load(fraction: float = 0.0) -> tuple[TrainingSet, TrainingSet | None]:
+    return python_functions.load("functions", make_set_config("python_functions", evaluation_fraction=fraction))
 
 
 def read(library: Path, **files: str) -> list[dict[str, Any]]:
     """Write modules, by name, and return the examples in them."""
     for name, source in files.items():
         (library / f"{name}.py").write_text(source)
-    train, held_out = python_functions.load(make_config())
-    assert len(held_out) == 0
-    return list(train)
+    train, held_out = load()
+    assert held_out is None
+    return every_example(train)
 
 
 def queries(library: Path, **files: str) -> list[str]:
@@ -87,7 +74,8 @@ def test_the_query_is_the_first_sentence_of_the_first_paragraph(docstring: str, 
 
 @pytest.mark.parametrize(("count", "taken"), [(4, False), (5, True), (40, True), (41, False)])
 def test_a_query_has_5_to_40_words(count: int, taken: bool, library: Path) -> None:
-    assert queries(library, a=function(words(count))) == ([words(count)] if taken else [])
+    found = queries(library, a=function(words(count)), b=function(words(9)))
+    assert found == [*([words(count)] if taken else []), words(9)]
 
 
 def test_a_query_that_comes_again_is_taken_once_in_the_order_of_the_paths(library: Path) -> None:
@@ -107,9 +95,10 @@ def test_the_document_is_the_source_without_docstring_and_comments(library: Path
     [example] = read(library, a="import os\n\n" + source)
     assert example == {
         "query": words(5),
-        "query_id": identity(words(5)),
+        "query_identity": identity(words(5)),
         "documents": [SOURCE.format(name="change")],
-        "document_ids": [identity(SOURCE.format(name="change"))],
+        "document_identities": [identity(SOURCE.format(name="change"))],
+        "positives": 1,
         "scores": [],
         "place": f"{library}/a.py:3",
     }
@@ -131,7 +120,8 @@ def test_methods_coroutines_and_inner_functions_are_examples_too(library: Path) 
 def test_a_document_has_60_characters_at_least(padding: int, taken: bool, library: Path) -> None:
     body = f"    return '{'x' * (27 + padding)}'\n"
     assert len("def change(value):\n" + body.rstrip()) == 59 + padding
-    assert bool(queries(library, a=function(words(5), body=body))) == taken
+    found = queries(library, a=function(words(5), body=body), b=function(words(9)))
+    assert found == [*([words(5)] if taken else []), words(9)]
 
 
 @pytest.mark.parametrize(
@@ -194,23 +184,38 @@ def test_modules_are_held_out_by_the_md5_of_their_posix_path(fraction: float, li
     names = {words(5 + number): name for number, name in enumerate(BUCKETS)}
     for query, name in names.items():
         (library / name).write_text(function(query))
-    train, held_out = python_functions.load(make_config(fraction))
+    train, held_out = load(fraction)
 
-    def modules(examples: Dataset) -> set[str]:
-        return {names[example["query"]] for example in examples}
+    def modules(examples: TrainingSet) -> set[str]:
+        return {names[query] for query, _ in texts(examples)}
 
-    assert modules(held_out) == {name for name, bucket in BUCKETS.items() if bucket < round(100 * fraction)}
-    assert modules(train) == set(BUCKETS) - modules(held_out)
+    expected = {name for name, bucket in BUCKETS.items() if bucket < round(100 * fraction)}
+    assert (set() if held_out is None else modules(held_out)) == expected
+    assert modules(train) == set(BUCKETS) - expected
 
 
 def test_a_query_of_a_held_out_module_is_not_trained_on(library: Path) -> None:
     # b.py has bucket 23 and is read first; c.py has 57.
     (library / "b.py").write_text(function(words(5)))
     (library / "c.py").write_text(function(words(5)) + function(words(6)))
-    data: Data = load_data(make_config(0.3))
+    data = load_data(make_set_config("python_functions", evaluation_fraction=0.3))
     assert data.evaluation is not None
     assert list(data.evaluation.queries.values()) == [words(5)]
-    assert data.train["query"] == [words(6)]
+    assert [query for query, _ in texts(data.sets[0])] == [words(6)]
+
+
+def test_a_library_of_which_all_is_held_out_leaves_nothing_to_train_on(library: Path) -> None:
+    (library / "b.py").write_text(function(words(5)))
+    assert error_of(make_set_config("python_functions", evaluation_fraction=0.3)).endswith(
+        ": no example is left to train on: give more, or lower data.evaluation_fraction or data.max_empty"
+    )
+
+
+def test_a_library_without_a_documented_function_is_an_error(library: Path) -> None:
+    (library / "b.py").write_text("x = 1\n")
+    message = error_of(make_set_config("python_functions"))
+    assert str(library) in message
+    assert "\n" not in message
 
 
 # Patch releases edit docstrings, so the counts belong to one of them.
@@ -219,7 +224,9 @@ def test_a_query_of_a_held_out_module_is_not_trained_on(library: Path) -> None:
     reason="counted on the library of CPython 3.11.7",
 )
 def test_cpython_3_11_gives_4309_examples_of_which_291_are_held_out() -> None:
-    train, held_out = python_functions.load(make_config(0.12))
-    assert len(train) + len(held_out) == 4309
-    assert len(held_out) == 291
-    assert not set(train["query"]) & set(held_out["query"])
+    train, held_out = load(0.12)
+    assert held_out is not None
+    assert (len(train), len(held_out)) == (4309 - 291, 291)
+    trained, asked = ({query for query, _ in texts(examples)} for examples in (train, held_out))
+    assert (len(trained), len(asked)) == (4309 - 291, 291)
+    assert not trained & asked

@@ -1,37 +1,36 @@
-"""Retrieval sets: what becomes of a table of examples."""
+"""Retrieval sets: what becomes of a table of examples, and of several sets."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 
+from tests.trainer.datafiles import make_set_config
+from trainer.data.files import Source
 from trainer.data.retrieval import RetrievalSet
+from trainer.data.tables import WITH_TEXTS, TrainingSet, identity, set_of_rows, with_texts
 
 
-def make_example(
-    query: str,
-    documents: Sequence[str],
-    *,
-    query_id: int = 0,
-    document_ids: Sequence[int] | None = None,
-    scores: Sequence[float] = (),
-) -> dict[str, object]:
-    return {
-        "query": query,
-        "query_id": query_id,
-        "documents": list(documents),
-        "document_ids": list(range(len(documents)) if document_ids is None else document_ids),
-        "scores": list(scores),
-        "place": "file:1",
-    }
+def make_set(*rows: dict[str, Any]) -> TrainingSet:
+    return set_of_rows("made", make_set_config("pairs"), Source(), Dataset.from_list(list(rows), features=WITH_TEXTS))
+
+
+def make_row(
+    query: str, documents: Sequence[str], *, positives: int = 1, scores: Sequence[float] = ()
+) -> dict[str, Any]:
+    return with_texts("made:1", query, list(documents), positives=positives, scores=scores)
+
+
+def named(*texts: str) -> list[str]:
+    """The ids that these texts have in what a teacher asks."""
+    return [str(identity(text)) for text in texts]
 
 
 def test_repeated_queries_and_texts_are_merged_and_every_document_is_in_the_corpus() -> None:
-    examples = Dataset.from_list(
-        [
-            make_example("what is a cat", ["an animal", "a fish", "a dog"]),
-            make_example("what swims", ["a fish"]),
-            make_example("what is a cat", ["it meows", "a dog"]),
-        ]
+    examples = make_set(
+        make_row("what is a cat", ["an animal", "a fish", "a dog"]),
+        make_row("what swims", ["a fish"]),
+        make_row("what is a cat", ["it meows", "a dog"]),
     )
     retrieval = RetrievalSet.from_examples(examples)
     assert retrieval.queries == {"q0": "what is a cat", "q1": "what swims"}
@@ -40,44 +39,91 @@ def test_repeated_queries_and_texts_are_merged_and_every_document_is_in_the_corp
     assert retrieval.candidates is None
 
 
+def test_all_positives_of_an_example_answer_it() -> None:
+    examples = make_set(
+        make_row("what swims", ["a fish", "a whale", "a dog"], positives=2), make_row("what barks", ["a dog"])
+    )
+    retrieval = RetrievalSet.of(examples)
+    assert retrieval.corpus == {"d0": "a fish", "d1": "a whale", "d2": "a dog"}
+    assert retrieval.judgements == {"q0": {"d0": 1, "d1": 1}, "q1": {"d2": 1}}
+
+
+def test_a_selection_of_examples_asks_its_own_alone() -> None:
+    examples = make_set(*(make_row(f"query {row}", [f"answer {row}", "another"]) for row in range(5)))
+    retrieval = RetrievalSet.of(examples.select([4, 2]))
+    assert retrieval == RetrievalSet(
+        queries={"q0": "query 4", "q1": "query 2"},
+        corpus={"d0": "answer 4", "d1": "another", "d2": "answer 2"},
+        judgements={"q0": {"d0": 1}, "q1": {"d2": 1}},
+    )
+
+
 def test_the_teachers_ten_best_documents_have_the_grades_10_to_1_and_others_none() -> None:
     texts = [f"text {number}" for number in range(12)]
     scores = [float(12 - number) for number in range(12)]
-    examples = Dataset.from_list(
-        [
-            make_example("what", texts, query_id=70, document_ids=range(100, 112), scores=scores),
-            make_example("which", ["a fish", "text 1"], query_id=5, document_ids=[9, 101], scores=[0.5, -1.0]),
-        ]
+    examples = make_set(
+        make_row("what", texts, scores=scores), make_row("which", ["a fish", "text 1"], scores=[-1.0, 0.5])
     )
-    retrieval = RetrievalSet.from_teacher(examples)
-    assert retrieval.queries == {"70": "what", "5": "which"}
-    assert retrieval.corpus == {str(100 + number): text for number, text in enumerate(texts)} | {"9": "a fish"}
+    retrieval = RetrievalSet.of(examples)
+    what, which, fish = named("what", "which", "a fish")
+    ids = named(*texts)
+    assert retrieval.queries == {what: "what", which: "which"}
+    assert retrieval.corpus == {**dict(zip(ids, texts, strict=True)), fish: "a fish"}
     assert retrieval.judgements == {
-        "70": {
-            "100": 10, "101": 9, "102": 8, "103": 7, "104": 6, "105": 5, "106": 4, "107": 3, "108": 2, "109": 1,
-        },
-        "5": {"9": 10, "101": 9},
-    }  # fmt: skip
-    assert retrieval.candidates == {"70": [str(number) for number in range(100, 112)], "5": ["9", "101"]}
+        what: dict(zip(ids[:10], range(10, 0, -1), strict=True)),
+        which: {ids[1]: 10, fish: 9},
+    }
+    assert retrieval.candidates == {what: ids, which: [ids[1], fish]}
 
 
-def test_a_teachers_documents_are_told_apart_by_their_ids_and_not_by_their_texts() -> None:
-    examples = Dataset.from_list(
-        [make_example("what", ["a cat", "a cat"], query_id=1, document_ids=[3, 4], scores=[2.0, 1.0])]
-    )
+def test_equal_texts_of_a_teacher_are_one_document() -> None:
+    examples = make_set(make_row("what", ["a cat", "a dog", "a cat"], scores=[2.0, 1.5, 1.0]))
     retrieval = RetrievalSet.from_teacher(examples)
-    assert retrieval.corpus == {"3": "a cat", "4": "a cat"}
-    assert retrieval.judgements == {"1": {"3": 10, "4": 9}}
+    what, cat, dog = named("what", "a cat", "a dog")
+    assert retrieval.corpus == {cat: "a cat", dog: "a dog"}
+    assert retrieval.candidates == {what: [dog, cat]}
+    assert retrieval.judgements == {what: {dog: 10, cat: 9}}
 
 
 def test_a_teachers_examples_of_one_query_are_ranked_together() -> None:
-    examples = Dataset.from_list(
-        [
-            make_example("what", ["a", "b"], query_id=1, document_ids=[10, 11], scores=[0.9, 0.3]),
-            make_example("what", ["c", "a"], query_id=1, document_ids=[12, 10], scores=[1.5, 0.9]),
-        ]
+    examples = make_set(
+        make_row("what", ["a", "b"], scores=[0.9, 0.3]), make_row("what", ["c", "a"], scores=[1.5, 0.9])
     )
     retrieval = RetrievalSet.from_teacher(examples)
-    assert retrieval.queries == {"1": "what"}
-    assert retrieval.candidates == {"1": ["12", "10", "11"]}
-    assert retrieval.judgements == {"1": {"12": 10, "10": 9, "11": 8}}
+    what, a, b, c = named("what", "a", "b", "c")
+    assert retrieval.queries == {what: "what"}
+    assert retrieval.candidates == {what: [c, a, b]}
+    assert retrieval.judgements == {what: {c: 10, a: 9, b: 8}}
+
+
+def test_a_set_in_which_an_example_has_no_scores_is_no_teachers() -> None:
+    examples = make_set(make_row("what", ["a", "b"], scores=[0.3, 0.9]), make_row("which", ["c", "a"]))
+    assert RetrievalSet.of(examples).judgements == {"q0": {"d0": 1}, "q1": {"d2": 1}}
+
+
+# Several sets
+
+PAIRS = RetrievalSet({"q0": "what"}, {"d0": "a", "d1": "b"}, {"q0": {"d0": 1}})
+TEACHER = RetrievalSet(
+    {"7": "what", "8": "which"}, {"1": "a", "2": "c"}, {"7": {"2": 10}}, {"7": ["2", "1"], "8": ["1"]}
+)
+
+
+def test_of_one_set_its_own_is_taken() -> None:
+    assert RetrievalSet.union({"pairs": PAIRS}) is PAIRS
+
+
+def test_each_query_of_several_sets_ranks_what_it_ranks_in_its_own() -> None:
+    assert RetrievalSet.union({"one": PAIRS, "two": TEACHER, "three": PAIRS}) == RetrievalSet(
+        queries={"one/q0": "what", "two/7": "what", "two/8": "which", "three/q0": "what"},
+        corpus={
+            "one/d0": "a", "one/d1": "b", "two/1": "a", "two/2": "c", "three/d0": "a", "three/d1": "b",
+        },
+        judgements={"one/q0": {"one/d0": 1}, "two/7": {"two/2": 10}, "three/q0": {"three/d0": 1}},
+        candidates={
+            "one/q0": ["one/d0", "one/d1"],
+            "two/7": ["two/2", "two/1"],
+            "two/8": ["two/1"],
+            "three/q0": ["three/d0", "three/d1"],
+        },
+    )  # fmt: skip

@@ -55,6 +55,10 @@ def load_sets(config: DataConfig) -> tuple[Data, list[str]]:
     return Data(sets, RetrievalSet.union(evaluations) if evaluations else None), errors
 
 
+def _what(name: str, config: SetConfig) -> str:
+    return f"data.path={config.path}" if config.path is not None else f"data={name}"
+
+
 def _load_set(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet | None]:
     held_out: TrainingSet | RetrievalSet | None
     match config.format:
@@ -72,7 +76,8 @@ def _load_set(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet |
             raise AssertionError("parse_config lets no mix of mixes pass")
     if not len(train):
         raise ConfigError(
-            f"data.path={config.path}: no example is left to train on: give more, or lower data.evaluation_fraction"
+            f"{_what(name, config)}: no example is left to train on: give more, or lower data.evaluation_fraction or "
+            "data.max_empty"
         )
     if isinstance(held_out, TrainingSet):
         held_out = RetrievalSet.of(held_out)

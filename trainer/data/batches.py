@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.schema import DataConfig, Draw, MixedBatch
 from trainer.data.order import Order, Place, bounds
-from trainer.data.tables import IntArray, TrainingSet, column
+from trainer.data.tables import IntArray, TrainingSet, sorted_pairs
 from trainer.data.tokens import TokenizedTexts, TokenTable, tokenized
 
 
@@ -49,7 +49,7 @@ class _TokenizedSet:
             examples.queries,
             encoder,
             "query",
-            rows=np.unique(column(examples.examples, "query")),
+            rows=examples.named_queries(),
             length=self.config.query_length,
             prefix=self.config.query_prefix,
         )
@@ -105,8 +105,10 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
             window=config.length_window,
             lengths=[each.lengths() for each in self._tokenized] if config.length_window else (),
         )
-        known = np.concatenate([each.known_positives() for each in sets])
-        self._known_queries, self._known_documents = known[np.lexsort(known.T[::-1])].T.copy()
+        known = [each.known_positives() for each in sets]
+        self._known_queries, self._known_documents = known[0]
+        if len(known) > 1:
+            self._known_queries, self._known_documents = sorted_pairs(*map(np.concatenate, zip(*known, strict=True)))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -4,7 +4,9 @@ corpus and queries are JSON lines (_id, text, of a document perhaps a title), qr
 and score under a header; all may be gzipped. A run in TREC's format brings further negatives.
 """
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +51,17 @@ def load(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet | None
     assert config.positive_grade is not None, "parse_config asks for data.positive_grade"
     table = kept_table(_examples, sources, [config.positive_grade, config.negatives], features=EXAMPLES)
     query_texts, document_texts = _queries(queries), _corpus(corpus)
-    warnings = [*empty_texts(document_texts, corpus)]
-    unknown = _unknown_judgements(qrels, queries, corpus)
-    if unknown["count"]:
-        warnings.append(f"{unknown['count']:,} judgements are of no text, first {unknown['place']}: {unknown['what']}")
+    warnings = [*empty_texts(query_texts, queries), *empty_texts(document_texts, corpus)]
+    warnings += _left_out(qrels, queries, corpus)
     examples = TrainingSet(name, config, query_texts, document_texts, table, tuple(warnings))
     examples = without_empty(examples, Source((qrels,)))
     if config.evaluation_split is not None:
-        grades = _judgements(_qrels(folder, "data.evaluation_split", config.evaluation_split), queries, corpus)
-        return examples, _retrieval(grades, query_texts, document_texts)
+        asked = _qrels(folder, "data.evaluation_split", config.evaluation_split)
+        grades = _judgements(asked, queries, corpus)
+        if not grades:
+            raise ConfigError(f"{asked} has no query with a text and a document of grade 1 or more to be scored on")
+        warnings = [*examples.warnings, *_left_out(asked, queries, corpus)]
+        return replace(examples, warnings=tuple(warnings)), _retrieval(grades, query_texts, document_texts)
     examples, held_out = hold_out(examples, config.evaluation_fraction or 0)
     if held_out is None:
         return examples, None
@@ -92,20 +96,31 @@ def _retrieval(grades: dict[int, dict[int, int]], queries: Any, corpus: Any) -> 
 
 
 def _judgements(qrels: Path, queries: Source, corpus: Source) -> dict[int, dict[int, int]]:
-    """Grade by row of the corpus by row of the queries, of queries that any document answers."""
+    """Grade by row of the corpus by row of the queries, of queries that have a text and an answer."""
     grades: dict[int, dict[int, int]] = {}
     for _, query, document, grade in _known(qrels, queries, corpus):
         grades.setdefault(query, {})[document] = grade
-    return {query: own for query, own in grades.items() if any(grade > 0 for grade in own.values())}
+    index = Index(_queries(queries), queries, "query-id", "_id")
+    return {
+        query: own
+        for query, own in grades.items()
+        if any(grade > 0 for grade in own.values()) and not index.is_empty(query)
+    }
 
 
 def _known(qrels: Path, queries: Source, corpus: Source) -> Iterator[tuple[str, int, int, int]]:
     """Yield the judgements of texts that are there, as place, rows and grade."""
-    query_index = Index(_queries(queries), queries, "query-id")
-    document_index = Index(_corpus(corpus), corpus, "corpus-id")
+    query_index = Index(_queries(queries), queries, "query-id", "_id")
+    document_index = Index(_corpus(corpus), corpus, "corpus-id", "_id")
     unknown, total = 0, 0
+    judged: dict[tuple[str, str], int] = {}
     for place, query, document, grade in _rows(qrels):
         total += 1
+        before = judged.setdefault((query, document), grade)
+        if before != grade:
+            raise ConfigError(
+                f"{place}: query-id={query} corpus-id={document} has grade {grade} here and {before} before: remove one"
+            )
         rows = query_index.get(query), document_index.get(document)
         if rows[0] is None or rows[1] is None:
             unknown += 1
@@ -121,6 +136,16 @@ def _known(qrels: Path, queries: Source, corpus: Source) -> Iterator[tuple[str, 
         )
 
 
+def _left_out(qrels: Path, queries: Source, corpus: Source) -> Iterator[str]:
+    """A warning where judgements are of texts that are not there."""
+    unknown = _unknown_judgements(qrels, queries, corpus)
+    if unknown["count"]:
+        yield (
+            f"{unknown['count']:,} judgements of {qrels} are of no text, first {unknown['place']}: {unknown['what']}; "
+            "left out"
+        )
+
+
 def _unknown_judgements(qrels: Path, queries: Source, corpus: Source) -> dict[str, Any]:
     sources = [Source((qrels,)), queries, corpus]
     found: dict[str, Any] = kept_table(_unknown, sources, [], features=UNKNOWN_JUDGEMENTS)[0]
@@ -129,15 +154,16 @@ def _unknown_judgements(qrels: Path, queries: Source, corpus: Source) -> dict[st
 
 def _unknown(qrels: Source, queries: Source, corpus: Source) -> Iterator[dict[str, Any]]:
     """Yield one row: how many judgements are of a text that is not there, and of the first, where it stands and why."""
-    query_index = Index(_queries(queries), queries, "query-id")
-    document_index = Index(_corpus(corpus), corpus, "corpus-id")
+    query_index = Index(_queries(queries), queries, "query-id", "_id")
+    document_index = Index(_corpus(corpus), corpus, "corpus-id", "_id")
     count, first = 0, {"place": "", "what": ""}
     for place, query, document, _ in _rows(qrels.files[0]):
-        for name, key, index in (("query-id", query, query_index), ("corpus-id", document, document_index)):
-            if index.get(key) is None:
-                first = first if count else {"place": place, "what": f"{name}={key} is not in {index.source}"}
-                count += 1
-                break
+        row = query_index.get(query)
+        if row is not None and document_index.get(document) is not None:
+            continue
+        name, key, index = ("query-id", query, query_index) if row is None else ("corpus-id", document, document_index)
+        first = first if count else {"place": place, "what": f"{name}={key} is not in {index.source}"}
+        count += 1
     yield {"count": count, **first}
 
 
@@ -149,18 +175,20 @@ def _rows(qrels: Path) -> Iterator[tuple[str, str, str, int]]:
                 f"{place}: the columns are {', '.join(row)}: the first line must be query-id, corpus-id, score"
             )
         query, document = (identifier(place, name, row[name]) for name in ("query-id", "corpus-id"))
-        try:
-            grade = int(row["score"])
-        except (TypeError, ValueError):
-            raise ConfigError(f"{place}: score={row['score']!r:.40} must be a whole number") from None
-        yield place, query, document, grade
+        score = row["score"]
+        if not re.fullmatch(r"-?[0-9]+(\.0+)?", str(score)) or isinstance(score, bool):
+            raise ConfigError(f"{place}: score={score!r:.40} must be a whole number")
+        yield place, query, document, int(float(score))
 
 
 def _examples(qrels: Source, queries: Source, corpus: Source, *rest: Any) -> Iterator[dict[str, Any]]:
     """Yield an example of each query that a document answers; of an empty text, none."""
     *run, positive_grade, negatives = rest
     query_texts, document_texts = _queries(queries), _corpus(corpus)
-    query_index, document_index = Index(query_texts, queries, "query-id"), Index(document_texts, corpus, "corpus-id")
+    query_index, document_index = (
+        Index(query_texts, queries, "query-id", "_id"),
+        Index(document_texts, corpus, "corpus-id", "_id"),
+    )
     judged: dict[int, dict[int, int]] = {}
     places: dict[int, str] = {}
     for place, query, document, grade in _known(qrels.files[0], queries, corpus):
@@ -208,5 +236,9 @@ def _ranking(path: Path, queries: Index, corpus: Index) -> dict[int, list[int]]:
         query = queries.get(cells[0])
         if query is None:
             continue  # a run may rank for more queries than are trained on
-        ranked.setdefault(query, []).append(corpus.row(place, cells[2]))
+        document = corpus.get(cells[2])
+        if document is None:
+            corpus.row(place, cells[2])
+        elif not corpus.is_empty(document):
+            ranked.setdefault(query, []).append(document)
     return ranked

@@ -44,8 +44,9 @@ def _asked(examples: TrainingSet, evaluation: RetrievalSet) -> int:
     """Queries of the evaluation that are trained on, but for case and spaces."""
     asked = {normalised(text) for text in evaluation.queries.values()}
     found: set[str] = set()
-    rows = np.unique(column(examples.examples, "query"))
-    for batch in examples.queries.select_columns("text").select(rows).with_format("arrow").iter(10_000):
+    for batch in (
+        examples.queries.select_columns("text").select(examples.named_queries()).with_format("arrow").iter(10_000)
+    ):
         found.update({normalised(text) for text in batch["text"].to_pylist()} & asked)
     return len(found)
 
@@ -56,7 +57,7 @@ def describe_set(
     """The facts of a set, by name. tokens: of a sample of each side's texts; caps: where these are cut."""
     positives = column(examples.examples, "positives")
     others = examples.document_counts - positives
-    queries = len(np.unique(column(examples.queries, "identity")[column(examples.examples, "query")]))
+    queries = len(np.unique(column(examples.queries, "identity")[examples.named_queries()]))
     named = examples.named_documents()
     different = len(np.unique(column(examples.documents, "identity")[named]))
     facts = {

@@ -26,8 +26,10 @@ from trainer.data.tables import (
     empty_texts,
     identifier,
     kept_table,
+    normalised,
     or_left_out,
     text_table,
+    with_warnings,
     without_empty,
 )
 
@@ -42,24 +44,26 @@ def load(name: str, config: SetConfig) -> tuple[TrainingSet, TrainingSet | None]
     if config.evaluation_path is not None or config.evaluation_split is not None:
         path = config.evaluation_path or config.path
         key = "data.evaluation_path" if config.evaluation_path else "data.path"
-        return examples, _read(name, config, key, path, "data.evaluation_split", config.evaluation_split)
+        held_out = _read(name, config, key, path, "data.evaluation_split", config.evaluation_split)
+        return with_warnings(examples, held_out), held_out
     rows = column(examples.examples, "query")
-    named = np.unique(rows)
-    last = _last(
-        dict(zip(examples.queries.select(named)["id"], named.tolist(), strict=True)), config.evaluation_fraction or 0
-    )
-    is_held_out = np.isin(rows, sorted(last))
+    named = examples.named_queries()
+    queries = examples.queries.select(named)
+    last = _last(dict(zip(queries["id"], queries["text"], strict=True)), config.evaluation_fraction or 0)
+    is_held_out = np.isin(rows, named[[key in last for key in queries["id"]]])
     if not is_held_out.any():
         return examples, None
     return examples.select(np.flatnonzero(~is_held_out)), examples.select(np.flatnonzero(is_held_out))
 
 
-def _last(rows: dict[str, int], fraction: float) -> set[int]:
-    """This share of the rows by id: the highest where all are whole numbers, else the last in the order of texts."""
-    are_numbers = all(re.fullmatch(r"-?[0-9]+", key) for key in rows)
+def _last(texts: dict[str, str], fraction: float) -> set[str]:
+    """This share of the ids, with all that have a text of theirs: the highest where all are whole numbers, else the
+    last in the order of texts."""
+    are_numbers = all(re.fullmatch(r"-?[0-9]+", key) for key in texts)
     # 7 and 07 are two ids with one number.
-    in_order = sorted(rows, key=lambda key: (int(key) if are_numbers else 0, key))
-    return {rows[key] for key in in_order[len(rows) - round(fraction * len(rows)) :]}
+    in_order = sorted(texts, key=lambda key: (int(key) if are_numbers else 0, key))
+    asked = {normalised(texts[key]) for key in in_order[len(texts) - round(fraction * len(texts)) :]}
+    return {key for key, text in texts.items() if normalised(text) in asked}
 
 
 def _read(name: str, config: SetConfig, key: str, path: str, split_key: str, split: str | None) -> TrainingSet:
@@ -67,7 +71,7 @@ def _read(name: str, config: SetConfig, key: str, path: str, split_key: str, spl
     rows, queries, documents = _sources(config, key, path, split_key, split)
     examples = kept_table(_examples, [rows, queries, documents], [config.positive], features=EXAMPLES)
     query_texts, document_texts = text_table(queries, "query_id", "text"), text_table(documents, "document_id", "text")
-    warnings = tuple(empty_texts(document_texts, documents))
+    warnings = (*empty_texts(query_texts, queries), *empty_texts(document_texts, documents))
     return without_empty(TrainingSet(name, config, query_texts, document_texts, examples, warnings), rows)
 
 

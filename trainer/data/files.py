@@ -49,7 +49,9 @@ class Source:
         """What differs where the rows do."""
         if self.repository is not None:
             return (self._open()._fingerprint,)
-        return tuple((stamp.st_mtime_ns, stamp.st_size) for stamp in (path.stat() for path in self.files))
+        return tuple(
+            (stamp.st_mtime_ns, stamp.st_ctime_ns, stamp.st_size) for stamp in (path.stat() for path in self.files)
+        )
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield file:line and columns of each row. Raises ConfigError where a row cannot be read."""
@@ -87,23 +89,49 @@ def find_source(config: SetConfig, key: str, name: str, split_key: str, split: s
 
     key and split_key: the keys that gave the path and the split.
     """
-    if any(sign in name for sign in "*?["):
-        # Path.glob takes no absolute pattern.
-        files = sorted(glob(str(Path(config.root, name)))) or sorted(glob(name))  # noqa: PTH207
-        if not files:
-            raise ConfigError(f"{key}={name}: no file matches, in {config.root} or the working folder")
-        return Source(tuple(_checked(Path(file), f"{key}={name}") for file in files))
     try:
         path = find(key, name, config.root)
-    except ConfigError:
-        if not HUB_NAME.fullmatch(name):
-            raise
+    except ConfigError as error:
+        if files := _matching(name, config.root):
+            return Source(tuple(_checked(Path(file), f"{key}={name}") for file in files))
+        if any(sign in name for sign in "*?["):
+            raise ConfigError(f"{key}={name}: no file matches, in {config.root} or the working folder") from None
+        if not HUB_NAME.fullmatch(name) or _ending(Path(name)) in ENDINGS:
+            raise error from None
+        if split is None:
+            raise ConfigError(f"{split_key}=null: {name} on the Hub has several splits: name one") from None
         return Source((), name, config.subset, split, config.revision)
-    if path.is_dir():
-        if is_repository(path, split, config.subset):
-            return Source((), str(path), config.subset, split, config.revision)
-        return Source((file_in(path, split, asked=f"{split_key}={split}"),))
-    return Source((_checked(path, f"{key}={name}"),))
+    if not path.is_dir():
+        return Source((_checked(path, f"{key}={name}"),))
+    if split is None:
+        raise ConfigError(f"{split_key}=null: {path} is a folder: name the file in it, without its ending")
+    if is_repository(path, split, config.subset):
+        return Source((), str(path), config.subset, split, config.revision)
+    return Source((file_in(path, split, asked=f"{split_key}={split}"),))
+
+
+def find_evaluation(config: SetConfig) -> Source | None:
+    """What `data.evaluation_path` and `data.evaluation_split` name, or None where both are null: a split alone is one
+    of the folder, or of the data set of the Hub, that is trained on."""
+    split, key = config.evaluation_split, "data.evaluation_split"
+    if config.evaluation_path is not None:
+        return find_source(config, "data.evaluation_path", config.evaluation_path, key, split)
+    if split is None:
+        return None
+    assert config.path is not None, "parse_config asks for data.path"
+    source = find_source(config, "data.path", config.path, key, split)
+    if source == find_source(config, "data.path", config.path, "data.split", config.split):
+        raise ConfigError(
+            f"{key}={split}: {source} is what is trained on: name another split, or a file with data.evaluation_path"
+        )
+    return source
+
+
+def _matching(pattern: str, root: str) -> list[str]:
+    """The files of a pattern, under data.root, else in the working folder."""
+    # Path.glob takes no absolute pattern, and the root is none.
+    under = [str(Path(root, file)) for file in sorted(glob(pattern, root_dir=root))]  # noqa: PTH207
+    return under or sorted(glob(pattern))  # noqa: PTH207
 
 
 def is_repository(folder: Path, split: str | None, subset: str | None) -> bool:
@@ -201,13 +229,20 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
     for place, line in lines(path):
         if line.strip():
             try:
-                yield place, json.loads(line)
+                value = json.loads(line.rstrip("\r\n"))
+                if "\\ud" in line.lower():  # half a surrogate, which no table of UTF-8 holds
+                    json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"{place} has half of a character ({error.reason}): mend or remove the line"
+                ) from error
             except json.JSONDecodeError as error:
                 raise ConfigError(
                     f"{place} is no JSON ({error.msg} at column {error.colno}): mend or remove the line"
                 ) from error
             except RecursionError as error:
                 raise ConfigError(f"{place} is no JSON (nested too deeply): mend or remove the line") from error
+            yield place, value
 
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -218,6 +253,8 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     try:
         rows = json.loads("".join(line for _, line in lines(path)))
+    except RecursionError as error:
+        raise ConfigError(f"{path} is no JSON (nested too deeply): mend it") from error
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path}:{error.lineno} is no JSON ({error.msg} at column {error.colno}): mend or remove the line"

@@ -7,7 +7,7 @@ from hashlib import md5
 from typing import Any
 
 from configs.schema import ConfigError, DataFormat, Positive, SetConfig
-from trainer.data.files import Source, checked_text, find_source
+from trainer.data.files import Source, checked_text, find_evaluation, find_source
 from trainer.data.scores import checked_score, listed, ranked
 from trainer.data.tables import (
     NO_TEXTS,
@@ -20,6 +20,7 @@ from trainer.data.tables import (
     set_of_rows,
     values,
     with_texts,
+    with_warnings,
 )
 
 NEGATIVE_COLUMN = re.compile(r"negatives?|negative_\d+")
@@ -33,12 +34,10 @@ def load(name: str, config: SetConfig) -> tuple[TrainingSet, TrainingSet | None]
     """
     assert config.path is not None, "parse_config asks for data.path"
     examples = _read(name, config, find_source(config, "data.path", config.path, "data.split", config.split))
-    if config.evaluation_path is not None or config.evaluation_split is not None:
-        path = config.evaluation_path or config.path
-        key = "data.evaluation_path" if config.evaluation_path else "data.path"
-        source = find_source(config, key, path, "data.evaluation_split", config.evaluation_split)
-        return examples, _read(name, config, source)
-    return hold_out(examples, config.evaluation_fraction or 0)
+    source = find_evaluation(config)
+    if source is None:
+        return hold_out(examples, config.evaluation_fraction or 0)
+    return with_warnings(examples, held_out := _read(name, config, source)), held_out
 
 
 def hold_out(examples: TrainingSet, fraction: float) -> tuple[TrainingSet, TrainingSet | None]:

@@ -27,6 +27,7 @@ from trainer.data.tables import (
     kept_table,
     or_left_out,
     text_row,
+    with_warnings,
     without_empty,
 )
 
@@ -35,7 +36,8 @@ def load(name: str, config: SetConfig) -> tuple[TrainingSet, TrainingSet | None]
     """Return training and held-out examples."""
     examples = _read(name, config, "data.path", config.path)
     if config.evaluation_path is not None:
-        return examples, _read(name, config, "data.evaluation_path", config.evaluation_path)
+        held_out = _read(name, config, "data.evaluation_path", config.evaluation_path)
+        return with_warnings(examples, held_out), held_out
     return hold_out(examples, config.evaluation_fraction or 0)
 
 
@@ -43,8 +45,8 @@ def _read(name: str, config: SetConfig, key: str, path: str | None) -> TrainingS
     named = ((key, path), ("data.queries_path", config.queries_path), ("data.documents_path", config.documents_path))
     rows, queries, collection = (Source((_file(each, str(value), config.root),)) for each, value in named)
     table = kept_table(_examples, [rows, queries, collection], [], features=EXAMPLES)
-    query_texts, document_texts = _texts_of(queries), _texts_of(collection)
-    warnings = tuple(empty_texts(document_texts, collection))
+    query_texts, document_texts = _texts_of(queries), _texts_of(collection, titled=True)
+    warnings = (*empty_texts(query_texts, queries), *empty_texts(document_texts, collection))
     return without_empty(TrainingSet(name, config, query_texts, document_texts, table, warnings), rows)
 
 
@@ -55,11 +57,11 @@ def _file(key: str, name: str, root: str) -> Path:
     return path
 
 
-def _texts_of(source: Source) -> Any:
-    return kept_table(_texts, [source], [], features=TEXTS)
+def _texts_of(source: Source, *, titled: bool = False) -> Any:
+    return kept_table(_texts, [source], [titled], features=TEXTS)
 
 
-def _texts(source: Source) -> Iterator[dict[str, Any]]:
+def _texts(source: Source, titled: bool) -> Iterator[dict[str, Any]]:
     for place, line in lines(source.files[0]):
         cells = line.rstrip("\r\n").split("\t")
         if not line.strip():
@@ -70,14 +72,16 @@ def _texts(source: Source) -> Iterator[dict[str, Any]]:
         if key == "id":
             continue  # a header, which Stanford's loader allows
         yield text_row(
-            place, identifier(place, "id", key), f"{title[0]} | {text}" if title and title[0] else text.strip()
+            place,
+            identifier(place, "id", key),
+            f"{title[0]} | {text}" if titled and title and title[0] else text.strip(),
         )
 
 
 def _examples(rows: Source, queries: Source, collection: Source) -> Iterator[dict[str, Any]]:
     """Yield the examples, or raise ConfigError at the first line that is none."""
     query_index = Index(_texts_of(queries), queries, "query")
-    document_index = Index(_texts_of(collection), collection, "document")
+    document_index = Index(_texts_of(collection, titled=True), collection, "document")
     first = None
     for place, values in _lines(rows.files[0]):
         if not isinstance(values, list) or len(values) < 3:

@@ -72,9 +72,11 @@ class TrainingSet:
 
     def named_documents(self) -> IntArray:
         """The rows of the documents that any example names, rising."""
-        is_named = np.zeros(len(self.documents), dtype=bool)
-        is_named[column(self.examples, "documents", pc.list_flatten)] = True
-        return np.flatnonzero(is_named)
+        return _named(len(self.documents), column(self.examples, "documents", pc.list_flatten))
+
+    def named_queries(self) -> IntArray:
+        """The rows of the queries that any example names, rising."""
+        return _named(len(self.queries), column(self.examples, "query"))
 
     @cached_property
     def has_teacher(self) -> bool:
@@ -99,19 +101,32 @@ class TrainingSet:
             "place": example["place"],
         }
 
-    def known_positives(self) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
-        """(pairs, 2): identities of each query and each document that answers it, sorted, each pair once."""
+    def known_positives(self) -> tuple[IntArray, IntArray]:
+        """(pairs,) each: identities of a query and of a document that answers it, sorted, each pair once."""
         positives = column(self.examples, "positives")
-        starts = np.cumsum(self.document_counts) - self.document_counts
-        # The first so many of each example's documents.
-        within = np.arange(positives.sum()) - np.repeat(np.cumsum(positives) - positives, positives)
-        documents = column(self.examples, "documents", pc.list_flatten)[np.repeat(starts, positives) + within]
-        queries = np.repeat(column(self.examples, "query"), positives)
-        pairs = np.stack([column(self.queries, "identity")[queries], column(self.documents, "identity")[documents]], 1)
-        pairs = pairs[np.lexsort(pairs.T[::-1])]
-        is_new = np.ones(len(pairs), dtype=bool)
-        is_new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
-        return pairs[is_new]
+        queries, documents = column(self.examples, "query"), self.first_documents()
+        if (positives != 1).any():
+            starts = np.cumsum(self.document_counts) - self.document_counts
+            # The first so many of each example's documents.
+            within = np.arange(positives.sum()) - np.repeat(np.cumsum(positives) - positives, positives)
+            documents = column(self.examples, "documents", pc.list_flatten)[np.repeat(starts, positives) + within]
+            queries = np.repeat(queries, positives)
+        return sorted_pairs(column(self.queries, "identity")[queries], column(self.documents, "identity")[documents])
+
+
+def sorted_pairs(ones: IntArray, others: IntArray) -> tuple[IntArray, IntArray]:
+    """The pairs in order, each once; two arrays and no table of them, which would be held twice."""
+    order = np.lexsort((others, ones))
+    ones, others = ones[order], others[order]
+    is_new = np.ones(len(ones), dtype=bool)
+    is_new[1:] = (ones[1:] != ones[:-1]) | (others[1:] != others[:-1])
+    return ones[is_new], others[is_new]
+
+
+def _named(texts: int, rows: IntArray) -> IntArray:
+    is_named = np.zeros(texts, dtype=bool)
+    is_named[rows] = True
+    return np.flatnonzero(is_named)
 
 
 def column(table: Dataset, name: str, function: Callable[[Any], Any] | None = None) -> IntArray:
@@ -143,6 +158,7 @@ def kept_table(
 
     Raises the ConfigError that rows raises, or one that names the first source.
     """
+    named = [*sources, *options][0]
     rules = sorted(Path(__file__).parent.glob("*.py"))
     # The sources as they are now, read by the rules as they are now.
     version = (
@@ -158,11 +174,13 @@ def kept_table(
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
-        raise ConfigError(f"{sources[0]} cannot be kept as a table: {error.__cause__}") from error
+        raise ConfigError(f"{named} cannot be kept as a table: {error.__cause__}") from error
+    except OSError as error:
+        raise ConfigError(f"{named} cannot be kept as a table: {error}") from error
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
-        raise ConfigError(f"{sources[0]} holds no row: give one with texts") from error
+        raise ConfigError(f"{named} holds no row: give one with texts") from error
 
 
 def _versioned(
@@ -200,8 +218,13 @@ def or_left_out(place: str, example: Callable[[], dict[str, Any]], left_out: dic
         return {"documents": [], "positives": 0, "scores": [], "place": place, **left_out}
 
 
+def with_warnings(examples: TrainingSet, held_out: TrainingSet) -> TrainingSet:
+    """The training examples with what is to be said of both."""
+    return replace(examples, warnings=tuple(dict.fromkeys([*examples.warnings, *held_out.warnings])))
+
+
 def without_empty(examples: TrainingSet, source: Source) -> TrainingSet:
-    """The set without examples of empty texts. Raises ConfigError where these are too many."""
+    """The set without examples of empty texts. Raises ConfigError, which names the first, where these are too many."""
     positives = column(examples.examples, "positives")
     empty, total = np.flatnonzero(positives == 0), len(positives)
     if not len(empty):
@@ -209,7 +232,9 @@ def without_empty(examples: TrainingSet, source: Source) -> TrainingSet:
     place, allowed = examples.examples[int(empty[0])]["place"], examples.config.max_empty or 0
     found = f"{len(empty):,} of {total:,} examples of {source} have an empty text, first {place}"
     if len(empty) > allowed * total:
-        raise ConfigError(f"{found}, more than data.max_empty={allowed:g}: fill or remove them, or raise it")
+        # Of a file of ids, the text stands elsewhere.
+        texts = "".join(f"; {warning}" for warning in examples.warnings)
+        raise ConfigError(f"{found}, more than data.max_empty={allowed:g}: fill or remove them, or raise it{texts}")
     return replace(examples.select(np.flatnonzero(positives)), warnings=(*examples.warnings, f"{found}; left out"))
 
 
@@ -273,17 +298,21 @@ def text_row(place: str, key: str, text: str) -> dict[str, Any]:
 
 
 class Index:
-    """Rows of a table of texts by id, in 16 bytes each."""
+    """Rows of a table of texts by id, in 16 bytes each.
 
-    def __init__(self, texts: Dataset, source: Source, column_name: str) -> None:
+    column_name: what the files that name the ids call them; own_column: what the file of the texts does, if otherwise.
+    """
+
+    def __init__(self, texts: Dataset, source: Source, column_name: str, own_column: str | None = None) -> None:
         self.texts, self.source, self.column_name = texts, source, column_name
         hashes = np.fromiter((identity(key) for key in values(texts, "id")), np.int64, len(texts))
         self._rows = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._rows]
         twice = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
         if len(twice):
-            row = texts[int(self._rows[twice.min() + 1])]
-            raise ConfigError(f"{row['place']}: {column_name}={row['id']} stands here again: remove one of the two")
+            row = texts[int(self._rows[twice + 1].min())]
+            own = own_column or column_name
+            raise ConfigError(f"{row['place']}: {own}={row['id']} stands here again: remove one of the two")
         self._empty = set(_empty(texts).tolist())
 
     def get(self, key: str) -> int | None:

@@ -74,18 +74,13 @@ class TokenTable:
         features = {name: _Lists(taken[name]) for name in self.padding}
         lengths = features["input_ids"].lengths
         order = np.argsort(lengths, kind="stable")
-        chunks, start = [], 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and lengths[order[stop]] * (stop + 1 - start) <= chunk_tokens:
-                stop += 1
-            chunks.append(
-                {
-                    name: self._padded(features[name], order[start:stop], name) if name in features else value
-                    for name, value in self.features.items()
-                }
-            )
-            start = stop
+        chunks = [
+            {
+                name: self._padded(features[name], order[start:stop], name) if name in features else value
+                for name, value in self.features.items()
+            }
+            for start, stop in _cuts(lengths[order], chunk_tokens)
+        ]
         return TokenizedTexts(
             chunks=chunks,
             order=torch.from_numpy(order),
@@ -100,6 +95,22 @@ class TokenTable:
         padded = np.full((len(chosen), width), self.padding[name], dtype=np.int64)
         padded[is_text] = np.concatenate([lists.values[lists.starts[row] : lists.stops[row]] for row in chosen])
         return torch.from_numpy(padded).to(self.features[name].dtype)
+
+
+def _cuts(lengths: IntArray, chunk_tokens: int) -> list[tuple[int, int]]:
+    """Where rising lengths are cut so that the least is padded, within chunk_tokens; a chunk costs a sixteenth of
+    chunk_tokens by itself, or there would be one for each length."""
+    cost, cuts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=np.int64)
+    for stop, longest in enumerate(lengths.tolist(), start=1):
+        first = max(0, stop - max(1, chunk_tokens // longest))
+        costs = cost[first:stop] + longest * np.arange(stop - first, 0, -1)
+        cuts[stop] = first + int(costs.argmin())
+        cost[stop] = costs.min() + chunk_tokens / 16
+    found, stop = [], len(lengths)
+    while stop:
+        found.append((int(cuts[stop]), stop))
+        stop = int(cuts[stop])
+    return found[::-1]
 
 
 class _Lists:
