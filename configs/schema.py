@@ -854,14 +854,23 @@ def _set_problems(key: str, data: SetConfig) -> Iterator[str]:
             yield f"{name}={_shown(value)} has no effect on data={data.format.name}: {remedy}"
         if field.name in READS[data.format] - _MAY_BE_NULL and value is None:
             yield f"{name}=null: data={data.format.name} needs it{_EXAMPLES.get(field.name, '')}"
-    if data.format is DataFormat.beir:
-        if data.split is None:
-            yield f"{key}.split=null: data=beir reads qrels/<split>.tsv: name it, as in {key}.split=train"
-        if (data.negatives is Negatives.run) != (data.run_path is not None):
-            yield (
-                f"{key}.run_path={data.run_path} and {key}.negatives={_shown(data.negatives)}: a ranking is read where "
-                f"both are set: name the file, and set {key}.negatives=run"
-            )
+    if data.format in (DataFormat.beir, DataFormat.distillation_ids) and data.split is None:
+        what = "qrels/<split>.tsv" if data.format is DataFormat.beir else "a file of its folder"
+        yield f"{key}.split=null: data={data.format.name} reads {what}: name it, as in {key}.split=train"
+    if (
+        data.format is DataFormat.distillation_ids
+        and data.evaluation_path is not None
+        and data.evaluation_split is None
+    ):
+        yield (
+            f"{key}.evaluation_split=null: name the file of {key}.evaluation_path={data.evaluation_path}, "
+            f"as in {key}.evaluation_split=test"
+        )
+    if data.format is DataFormat.beir and (data.negatives is Negatives.run) != (data.run_path is not None):
+        yield (
+            f"{key}.run_path={data.run_path} and {key}.negatives={_shown(data.negatives)}: a ranking is read where "
+            f"both are set: name the file, and set {key}.negatives=run"
+        )
     if data.draw is Draw.stratified and (data.format not in TAUGHT or data.documents_per_query is None):
         yield (
             f"{key}.draw=stratified draws some of the documents that a teacher scored: set {key}.documents_per_query, "

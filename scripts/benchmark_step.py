@@ -293,8 +293,8 @@ def leave_gradient(
         loss = ContrastiveLoss(
             temperature=1.0, symmetric=False, own_negatives=True, mask_known_positives=True, max_negative_ratio=None
         )
-        value, _ = loss(score(batch, gather_pool(batch), width=WIDTH, maxsim_backend=maxsim))
-    accelerator.backward(value)
+        values, _ = loss(score(batch, gather_pool(batch), width=WIDTH, maxsim_backend=maxsim))
+    accelerator.backward(values.mean())
     if isinstance(encoder, GradCache):
         encoder.replay(accelerator, [], synchronise=True)
 

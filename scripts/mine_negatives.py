@@ -5,11 +5,12 @@
     python train.py data=scored data.path=mined.jsonl.gz data.positive=first loss=contrastive
 
 For each query that is trained on, candidates are scored by MaxSim: candidates=maxsim ranks every document of the data,
-exactly, in blocks; candidates=bm25 the `top` of a BM25 ranking. Documents that the data names as answers are left out,
+exactly, in blocks of `block` whose vectors are held at once, and looks at the best `top`; candidates=bm25 looks at the
+`top` of a BM25 ranking. Documents that the data names as answers are left out,
 the first `skip` too, and whatever scores above `max_ratio` of the positive, which is likely an answer that nobody has
 judged (Moreira et al. 2024, arXiv 2407.15831, section 3). The best `negatives` of the rest are written, one row a query
-and positive: query, documents (the positive first), scores (MaxSim, which may teach). Any other argument is one of
-train.py.
+and positive: query, documents (the positive first), scores (MaxSim, which may teach). The file is there whole or not at
+all. Any other argument is one of train.py. The status is 2 where nothing could be mined.
 """
 
 import gzip
@@ -32,6 +33,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from sentence_transformers import MultiVectorEncoder
 
+from architectures.layouts import read_checkpoint
 from configs.reference import explain_composition
 from configs.schema import ConfigError, explain
 from scripts.models import CONFIGS, compose_config, load_model
@@ -40,7 +42,7 @@ from trainer.data import load_data
 from trainer.data.retrieval import RetrievalSet
 from trainer.data.tables import TrainingSet, column, identity, values
 from trainer.display import print_facts
-from trainer.evaluation import rank
+from trainer.evaluation import BLOCK_DOCUMENTS, rank
 
 Scores = dict[str, dict[str, float]]
 """Score by document id, best first, by query id."""
@@ -59,6 +61,9 @@ class Options:
     max_ratio: float = 0.95
     skip: int = 0
     batch_size: int = 32
+    """Texts encoded at once."""
+    block: int = BLOCK_DOCUMENTS
+    """Documents whose vectors are held at once."""
     overwrite: bool = False
 
 
@@ -84,13 +89,16 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """The options, and what is left for the config. Raises ConfigError for a value that cannot be."""
     names = {field.name for field in fields(Options)}
     own = [argument for argument in arguments if argument.partition("=")[0] in names]
+    # As they are typed: a folder may have the name of a number, and a file a `#` in it.
+    given = {key: value for key, _, value in (argument.partition("=") for argument in own)}
     try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(own)))
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(options, Options)
     problems = {
         "model= is missing: give one folder, Hub name or member of configs/backbone": not options.model,
+        "data= is missing: give a member of configs/data": not any(each.startswith("data=") for each in arguments),
         f"output={options.output} must end in .jsonl or .jsonl.gz": not options.output.endswith(
             (".jsonl", ".jsonl.gz")
         ),
@@ -100,8 +108,10 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         f"candidates={options.candidates} must be maxsim or bm25": options.candidates not in ("maxsim", "bm25"),
         f"max_ratio={options.max_ratio} must be above 0": not options.max_ratio > 0,
         f"negatives={options.negatives} must be 1 or more": options.negatives < 1,
+        f"batch_size={options.batch_size} must be 1 or more": options.batch_size < 1,
+        f"block={options.block} must be 1 or more": options.block < 1,
         f"skip={options.skip} must be 0 or more": options.skip < 0,
-        f"top={options.top} must be more than skip={options.skip} and negatives={options.negatives} together": (
+        f"top={options.top} must be at least skip={options.skip} and negatives={options.negatives} together": (
             options.top < options.skip + options.negatives
         ),
     }
@@ -117,10 +127,13 @@ def mine(options: Options, overrides: list[str]) -> dict[str, str]:
     config = compose_config(options.model, *overrides)
     datasets.disable_progress_bars()
     sets = load_data(config.data).sets
+    has_head = read_checkpoint(config.backbone).has_head
+    # A new head is the one that a run with this seed starts from.
+    torch.manual_seed(config.seed)
     encoder = load_model(options.model, *overrides)
     if torch.accelerator.is_available():
         encoder = encoder.to(torch.accelerator.current_accelerator())
-    counts = dict.fromkeys(("queries", "positives", "rows", "negatives", "known", "above"), 0)
+    counts = dict.fromkeys(("queries", "positives", "rows", "negatives", "known", "above", "without"), 0)
     target = Path(options.output)
     unfinished = target.with_name(f".{target.name}.unfinished")
     opened = gzip.open if target.suffix == ".gz" else open
@@ -130,20 +143,22 @@ def mine(options: Options, overrides: list[str]) -> dict[str, str]:
             for examples in sets:
                 for row in mined_rows(examples, encoder, options, counts):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if not counts["rows"]:
+            raise ConfigError(f"no negative is left of {counts['queries']} queries: raise max_ratio or top")
         unfinished.replace(target)
     except OSError as error:
         raise ConfigError(f"output={target} cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
-    if not counts["rows"]:
-        target.unlink()
-        raise ConfigError(f"no negative is left of {counts['queries']} queries: raise max_ratio or top")
     return {
+        **({} if has_head else {"head": f"new and untrained, drawn from seed={config.seed}: train it before you mine"}),
         "rows": f"{counts['rows']:,} of {counts['positives']:,} positives of {counts['queries']:,} queries",
         "negatives": f"{counts['negatives'] / counts['rows']:.1f} a row",
         "known positives": f"{counts['known'] / counts['queries']:.2f} a query among the top {options.top}, dropped",
         "above max_ratio": f"{counts['above'] / counts['positives']:.2f} a positive, dropped",
-        "without one": f"{counts['positives'] - counts['rows']:,} positives, left out",
+        "without one": (
+            f"{counts['positives'] - counts['rows']:,} positives, left out, and with them {counts['without']:,} queries"
+        ),
         "seconds": f"{time.perf_counter() - started:.0f}",
         "output": f"{target}: python train.py data=scored data.path={target} data.positive=first ...",
     }
@@ -152,7 +167,10 @@ def mine(options: Options, overrides: list[str]) -> dict[str, str]:
 def mined_rows(
     examples: TrainingSet, encoder: MultiVectorEncoder, options: Options, counts: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a set, and count what they are made of."""
+    """Yield the rows of a set, and count what they are made of.
+
+    A text is named by its identity: the same text is one query, or one document, wherever it stands.
+    """
     corpus = texts_by_id(examples.documents, np.arange(len(examples.documents)))
     queries = texts_by_id(examples.queries, examples.named_queries())
     positives: dict[str, list[str]] = {query: [] for query in queries}
@@ -161,22 +179,35 @@ def mined_rows(
 
     def scored(candidates: dict[str, list[str]] | None, depth: int) -> Scores:
         asked = RetrievalSet(queries, corpus, judgements={}, candidates=candidates)
-        if candidates is not None:  # of the corpus, what any query ranks
+        if candidates is not None:  # of the texts, those that rank or are ranked
             named = {document for own in candidates.values() for document in own}
-            asked = RetrievalSet(queries, {key: corpus[key] for key in corpus if key in named}, {}, candidates)
-        [ranking] = rank(encoder, asked, batch_size=options.batch_size, widths=(), depth=depth).values()
+            asked = RetrievalSet(
+                {key: queries[key] for key in candidates},
+                {key: corpus[key] for key in corpus if key in named},
+                {},
+                candidates,
+            )
+        if not asked.queries:
+            return {}
+        [ranking] = rank(
+            encoder, asked, batch_size=options.batch_size, widths=(), depth=depth, block_documents=options.block
+        ).values()
         return ranking
 
     candidates = bm25(queries, corpus, options.top) if options.candidates == "bm25" else None
-    found = scored(candidates, options.top)
-    answers = scored(positives, max(map(len, positives.values())))
+    found = {query: dict[str, float]() for query in queries} | scored(candidates, options.top)
+    # Few positives are not found: to encode them all again would double the time where each document answers a query.
+    unfound = {query: [key for key in positives[query] if key not in found[query]] for query in queries}
+    unfound = {query: own for query, own in unfound.items() if own}
+    answers = scored(unfound, max(map(len, unfound.values()), default=0))
     for query, text in queries.items():
-        known = set(positives[query])
+        known, rows_before = set(positives[query]), counts["rows"]
+        of_positives = found[query] | answers.get(query, {})
         counts["queries"] += 1
         counts["known"] += len(known & set(found[query]))
         others = {key: score for key, score in found[query].items() if key not in known}
         for positive in positives[query]:
-            limit = options.max_ratio * answers[query][positive]
+            limit = options.max_ratio * of_positives[positive]
             below = {key: score for key, score in list(others.items())[options.skip :] if score <= limit}
             kept = dict(list(below.items())[: options.negatives])
             counts["positives"] += 1
@@ -185,7 +216,8 @@ def mined_rows(
             counts["negatives"] += len(kept)
             if kept:
                 documents = [corpus[positive], *(corpus[key] for key in kept)]
-                yield {"query": text, "documents": documents, "scores": [answers[query][positive], *kept.values()]}
+                yield {"query": text, "documents": documents, "scores": [of_positives[positive], *kept.values()]}
+        counts["without"] += counts["rows"] == rows_before
 
 
 def texts_by_id(table: datasets.Dataset, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> dict[str, str]:
@@ -197,7 +229,11 @@ def texts_by_id(table: datasets.Dataset, rows: "np.ndarray[Any, np.dtype[np.int6
 
 
 def bm25(queries: dict[str, str], corpus: dict[str, str], top: int) -> dict[str, list[str]]:
-    """Ids of the documents that BM25 (Lucene's variant, k1 0.9, b 0.4, Porter's stemmer) ranks first, by query id."""
+    """Ids of the documents that BM25 (Lucene's variant, k1 0.9, b 0.4, Porter's stemmer) ranks first, by query id.
+
+    Those that share no word with the query are none of them, and a query without any is left out.
+    Raises ConfigError without the extra `mining`, or where the documents have no word.
+    """
     try:
         import bm25s
         import Stemmer
@@ -205,14 +241,16 @@ def bm25(queries: dict[str, str], corpus: dict[str, str], top: int) -> dict[str,
         raise ConfigError(f'candidates=bm25 needs {error.name}: pip install -e ".[mining]"') from error
 
     tokenize = {"stopwords": "en", "stemmer": Stemmer.Stemmer("porter"), "show_progress": False}
+    documents = bm25s.tokenize(list(corpus.values()), **tokenize)
+    if not any(map(len, documents.ids)):
+        raise ConfigError("candidates=bm25: no document has a word that BM25 counts: set candidates=maxsim")
     index = bm25s.BM25(k1=0.9, b=0.4)
-    index.index(bm25s.tokenize(list(corpus.values()), **tokenize), show_progress=False)
+    index.index(documents, show_progress=False)
     tokens = bm25s.tokenize(list(queries.values()), **tokenize)
     ids = np.array(list(corpus))
     rows, scores = index.retrieve(tokens, k=min(top, len(corpus)), show_progress=False)
     return {
-        query: ids[own[of > 0]].tolist() or ids[own[:1]].tolist()
-        for query, own, of in zip(queries, rows, scores, strict=True)
+        query: ids[own[of > 0]].tolist() for query, own, of in zip(queries, rows, scores, strict=True) if of.max() > 0
     }
 
 

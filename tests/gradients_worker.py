@@ -7,13 +7,12 @@ import faulthandler
 import pickle
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset
 from torch import Tensor
 from torch.distributed import GradBucket, ProcessGroup  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -23,6 +22,8 @@ from architectures.factory import build_encoder
 from configs.schema import Config
 from losses.factory import build_loss
 from tests.conftest import WORDS
+from tests.trainer.made import to_set
+from trainer.data.tables import TrainingSet, with_texts
 from trainer.loop import build_batches, build_model, compute_gradient
 from trainer.optim import freeze
 from trainer.plan import build_accelerator
@@ -30,7 +31,7 @@ from trainer.plan import build_accelerator
 # Micro-batches of seven and eight queries: neither two nor three processes have as many queries each.
 EXAMPLES = 15
 STEP = [
-    "data=distillation",
+    "data=distillation_ids",
     "data.path=unused",
     f"trainer.batch_size={EXAMPLES + 1}",
     "trainer.accumulation_steps=2",
@@ -80,7 +81,7 @@ class Step:
     synchronisations: int
 
 
-def make_examples() -> Dataset:
+def make_examples() -> TrainingSet:
     """Texts of different lengths with holes, one to five documents a query, and documents that answer several queries
     or stand several times in a micro-batch."""
     generator = random.Random(1)
@@ -95,16 +96,12 @@ def make_examples() -> Dataset:
         ids = generator.sample(range(len(texts)), generator.choice([1, 2, 3, 5]))
         # Two rows a query, each of which knows the other's positive.
         query_id = row // 2
-        return {
-            "query": f"what {' '.join(words[: query_id % 7])}",
-            "query_id": query_id + 1,
-            "documents": [texts[identity] for identity in ids],
-            "document_ids": [identity + 1 for identity in ids],
-            "scores": sorted((generator.uniform(0, 8) for _ in ids), reverse=True),
-            "place": f"made:{row + 1}",
-        }
+        query, own = f"what {' '.join(words[: query_id % 7])}", [texts[identity] for identity in ids]
+        scores = sorted((generator.uniform(0, 8) for _ in ids), reverse=True)
+        identities = {"query_identity": query_id + 1, "document_identities": [identity + 1 for identity in ids]}
+        return with_texts(f"made:{row + 1}", query, own, scores=scores) | identities
 
-    return Dataset.from_list([example(row) for row in range(EXAMPLES)])
+    return to_set([example(row) for row in range(EXAMPLES)])
 
 
 def take_step(accelerator: Accelerator, case: Case, *, cache_tokens: int | None = None) -> Step:
@@ -114,7 +111,7 @@ def take_step(accelerator: Accelerator, case: Case, *, cache_tokens: int | None 
     encoder = build_encoder(config.backbone, config.head)
     loss = build_loss(config.loss, width=encoder.get_embedding_dimension() or 0, maxsim="reference")
     freeze(encoder, loss.learnt, config.optimizer)
-    batches = build_batches(config, make_examples(), encoder, accelerator)
+    batches = build_batches(config, [replace(make_examples(), config=config.data)], encoder, accelerator)
     batches.chunk_tokens = cache_tokens or config.trainer.chunk_tokens
     whole = build_model(encoder, loss, config).to(case.dtype)
     model = accelerator.prepare(whole)
@@ -130,7 +127,7 @@ def take_step(accelerator: Accelerator, case: Case, *, cache_tokens: int | None 
     # Each process drops other activations.
     set_seed(config.seed, device_specific=True)
     model.train()
-    logged = compute_gradient(accelerator, model, loss, batches[0], cached=cache_tokens is not None)
+    logged, _ = compute_gradient(accelerator, model, loss, batches[0], cached=cache_tokens is not None)
     gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
     return Step(gradients, logged, synchronisations)
 

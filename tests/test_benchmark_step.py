@@ -18,7 +18,9 @@ from losses.factory import build_loss
 from scripts import benchmark_step as benchmark
 from scripts.benchmark_step import Case, Measured
 from tests.conftest import ROOT
-from trainer.data.batches import Batch, TokenizedTexts
+from trainer.data.batches import Batch
+from trainer.data.order import Place
+from trainer.data.tokens import TokenizedTexts
 from trainer.encoding import TrainedModel
 from trainer.loop import compute_gradient
 
@@ -176,7 +178,7 @@ def test_the_gradient_of_a_gpu_step_is_the_trainers(cached: bool, make_config: C
         teacher_scores=None,
         document_ids=places + 1,
         known_positives=places[:, None] + 1,
-        rows=list(range(6)),
+        places=[Place(0, 0, row) for row in range(6)],
         share=1.0,
     )
     loss = build_loss(make_config().loss, width=benchmark.WIDTH, maxsim="reference")

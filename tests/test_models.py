@@ -277,7 +277,7 @@ def train_here(folder: Path, *arguments: str) -> Run:
 
     def batches(*given: Any) -> StepBatches:
         found = build_batches(*given)
-        seen["first_batch"] = list(found.rows(0))
+        seen["first_batch"] = [place.row for place in found.order.step(0)]
         return found
 
     with pytest.MonkeyPatch.context() as patch:

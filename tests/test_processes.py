@@ -191,6 +191,41 @@ def test_several_processes_have_the_losses_gradient_norms_and_scores_of_one(
     assert_same_run(run_of(processes), one, processes=processes)
 
 
+def test_two_processes_log_the_loss_of_each_set_of_a_mix_as_one_does(
+    data: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(data.read_text().splitlines(keepends=True)[:6]))
+    keys = [
+        *("data.mix={pairs: 2, lfrqa: 1}", "data.mix_batches=all_sets"),
+        *(f"data.sets.pairs.path={data}", "data.sets.pairs.documents_per_query=2", f"data.sets.lfrqa.path={few}"),
+        *(f"data.sets.{name}.evaluation_fraction=0" for name in ("pairs", "lfrqa")),
+        *(key for key in OVERRIDES if key != "data=pairs"),
+    ]
+
+    def train(program: list[str], folder: Path) -> Run:
+        done = run_on_cpus(program, *tiny_overrides(tiny_bert, folder), *keys, home=folder / "home")
+        assert done.returncode == 0, done.stderr
+        return Run(done, folder / "run")
+
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(train, *given) for given in (
+            ([sys.executable, TRAIN], tmp_path / "one"), (torchrun(2), tmp_path / "two"),
+        )]  # fmt: skip
+        one, two = (each.result() for each in runs)
+    assert (one.result()["processes"], two.result()["processes"]) == (1, 2)
+    logged = [f"train/{name}/{what}" for name in ("pairs", "lfrqa") for what in ("loss", "queries")]
+    for line, expected in list(zip(two.metrics(), one.metrics(), strict=True))[1:]:
+        assert {key for key in line if key.endswith(("/loss", "/queries"))} == {"train/loss", *logged}
+        for name in ("train/loss", *logged):
+            assert line[name] == pytest.approx(expected[name], rel=1e-5), (name, line["step"])
+        queries = [line[f"train/{name}/queries"] for name in ("pairs", "lfrqa")]
+        assert sum(queries) in (6, 7)
+        losses = [line[f"train/{name}/loss"] for name in ("pairs", "lfrqa")]
+        mean = sum(loss * count for loss, count in zip(losses, queries, strict=True)) / sum(queries)
+        assert mean == pytest.approx(line["train/loss"], rel=1e-5)
+
+
 # --- One gradient ---
 
 # Without dropout, the number of processes changes nothing.

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or out of disk, gone on with as typed, against one that nobody stopped."""
 
+import json
 import os
 import resource
 import shutil
@@ -20,7 +21,7 @@ from torch import nn
 from configs.schema import Config
 from scripts.kill_and_resume import CLOCK
 from tests.conftest import ENVIRONMENT, ROOT, refused, run_command, tiny_overrides, type_here
-from tests.test_train import read_json, read_lines, write_pairs
+from tests.test_train import PAIRS, read_json, read_lines, write_pairs
 from trainer.optim import build_optimizer, build_schedule
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -229,6 +230,42 @@ def test_a_newest_checkpoint_that_is_cut_short_is_left_out_for_the_one_before(
     assert f"left out: {damaged.parent} is not whole (" in done.stdout
     assert f"resumed after step {older}, from {folder}/checkpoints/step_{older:08d}\n" in done.stdout
     assert_equal(folder, straight)
+
+
+def test_a_killed_run_on_a_mix_with_drawn_negatives_goes_on_within_the_epochs_of_its_sets(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    texts = [text for _, *documents in PAIRS for text in documents]
+    rows = [
+        {"query": query, "positive": positive, "negatives": [text for text in texts if text != positive][row:][:5]}
+        for row, (query, positive, _) in enumerate(PAIRS)
+    ]
+    (tmp_path / "negatives.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = [
+        *(key for key in tiny_overrides(tiny_bert, tmp_path) if not key.startswith("output_dir=")),
+        *("data.mix={pairs: 2, lfrqa: 1}", "data.sets.pairs.documents_per_query=3"),
+        *(f"data.sets.pairs.path={tmp_path}/negatives.jsonl", f"data.sets.lfrqa.path={write_pairs(tmp_path)}"),
+        *(f"data.sets.{name}.evaluation_fraction=0" for name in ("pairs", "lfrqa")),
+        *("trainer.batch_size=3", "trainer.steps=40", "trainer.save_every_steps=10", "optimizer.learning_rate=3e-3"),
+    ]
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    assert_finished(type_here(*keys, f"output_dir={straight}"))
+    process = start(*keys, f"output_dir={folder}")
+    wait_for(lambda: bool(checkpoints(folder)), process)
+    kill(process)
+    newest = checkpoints(folder)[0]
+    done = type_here(f"resume={folder}")
+    assert_finished(done)
+    assert f"resumed after step {newest}, " in done.stdout
+
+    assert without_clock(folder) == without_clock(straight)
+    # A set has an epoch of several steps, and the two of them have unlike numbers of turns.
+    sets = [[name for name in ("pairs", "lfrqa") if f"train/{name}/loss" in line] for line in without_clock(folder)[1:]]
+    assert sets.count(["pairs"]) > sets.count(["lfrqa"]) > 0
+    ours, theirs = contents(folder), contents(straight)
+    weights = {name for name in theirs if name.endswith(".safetensors")}
+    assert len(weights) == 2
+    assert all(ours[name] == theirs[name] for name in weights)
 
 
 # --- stopped ---

@@ -189,7 +189,12 @@ def test_a_run_with_a_teacher_says_what_it_does_and_logs_each_part(tiny_bert: Pa
     folder = write_distillation(tmp_path / "set", scores=[3.0, 1.0, 0.0])
     done = run_command(
         *tiny_overrides(tiny_bert, tmp_path),
-        *("data=distillation", f"data.path={folder}", "data.evaluation_fraction=0.25", "data.documents_per_query=2"),
+        *(
+            "data=distillation_ids",
+            f"data.path={folder}",
+            "data.evaluation_fraction=0.25",
+            "data.documents_per_query=2",
+        ),
         *("loss=distillation_contrastive", "loss.contrastive.learn_temperature=true"),
         "loss.distillation.normalization=none",
         *("loss.matryoshka={widths: [128, 32], weights: [1, 0.5]}", "optimizer=muon", "trainer.cache_tokens=64"),
@@ -378,7 +383,7 @@ def test_a_mistake_in_the_data_gets_one_line_with_its_place(
 def test_a_teacher_that_leaves_one_document_gets_one_line(tiny_bert: Path, tmp_path: Path) -> None:
     folder = write_distillation(tmp_path / "set", scores=[30.0, 10.0, 0.0])
     done = type_here(
-        *(*tiny_overrides(tiny_bert, tmp_path), "data=distillation", f"data.path={folder}", "loss=distillation"),
+        *(*tiny_overrides(tiny_bert, tmp_path), "data=distillation_ids", f"data.path={folder}", "loss=distillation"),
         *("trainer.batch_size=4", "data.evaluation_fraction=0"),
     )
     assert refused(done) == (

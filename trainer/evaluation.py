@@ -46,14 +46,16 @@ def rank(
     batch_size: int,
     widths: Sequence[int],
     depth: int | None = None,
+    block_documents: int | None = None,
 ) -> dict[int, dict[str, dict[str, float]]]:
     """Return the score of each query's best documents, best first, by document id, by query id, by width.
 
-    depth: how many documents of a query; None is as many as the metrics read. The model's own width comes first, then
-    `widths`, all from one encoding. A query ranks its candidates, or the whole corpus where the set names none. Every
-    process must call it, and all get the same.
+    depth: how many documents of a query; None is as many as the metrics read. block_documents: documents whose vectors
+    are held at once; None is BLOCK_DOCUMENTS. The model's own width comes first, then `widths`, all from one encoding.
+    A query ranks its candidates, or the whole corpus where the set names none. Every process must call it, and all get
+    the same.
     """
-    processes, depth = PartialState(), depth or DEPTH
+    processes, depth, block_documents = PartialState(), depth or DEPTH, block_documents or BLOCK_DOCUMENTS
     was_training = encoder.training
     # Encoding switches to evaluation; the loop goes on with dropout afterwards.
     own = list(retrieval.queries.values())
@@ -73,8 +75,8 @@ def rank(
         width: (no_scores.clone(), torch.zeros_like(no_scores, dtype=torch.int64))
         for width in (queries.shape[-1], *widths)
     }
-    for start in range(first, last, BLOCK_DOCUMENTS):
-        block = document_ids[start : min(start + BLOCK_DOCUMENTS, last)]
+    for start in range(first, last, block_documents):
+        block = document_ids[start : min(start + block_documents, last)]
         texts = [retrieval.corpus[identifier] for identifier in block]
         documents, document_mask = _pad(
             encoder.encode_document(texts, batch_size=batch_size, show_progress_bar=False), encoder

@@ -30,14 +30,16 @@ MakeConfig = Callable[..., Config]
 PRESETS = sorted(
     f"{path.parts[0]}={path.relative_to(path.parts[0]).with_suffix('').as_posix()}"
     for path in (found.relative_to(ROOT / "configs") for found in (ROOT / "configs").glob("*/**/*.yaml"))
-    if path.parts[0] != "accelerate"
+    # What others of data begin with, and what has sets of its own, in test_mix.py.
+    if path.parts[0] != "accelerate" and path.as_posix() not in ("data/base.yaml", "data/mix.yaml")
 )
 PAIRS = ("data=pairs", "data.path=mine.jsonl")
-DISTILLATION = ("data=distillation", "data.path=folder")
+DISTILLATION = ("data=distillation_ids", "data.path=folder")
 # What a preset needs beside it.
 EXTRA = {
     "data=pairs": [*PAIRS],
-    "data=distillation": [*DISTILLATION],
+    **{f"data={name}": ["data.path=folder"] for name in ("beir", "distillation_ids", "scored")},
+    "data=stanford": [f"data.{key}=some.tsv" for key in ("path", "queries_path", "documents_path")],
     **{f"loss={name}": [*DISTILLATION] for name in ("distillation", "distillation_contrastive", "margin_mse")},
 }
 
@@ -90,7 +92,7 @@ def test_the_quickstart_is_the_embedded_default_under_another_name(make_config: 
         ("backbone.sha256=abc", r"^backbone\.sha256=abc must be 64 lower-case hexadecimal digits$"),
         ("data.evaluation_fraction=1", r"^data\.evaluation_fraction=1\.0 must be at least 0 and below 1$"),
         ("data.path=x.jsonl", r"^data\.path=x\.jsonl has no effect on data=python_functions"),
-        ("data=pairs", r"^data\.path=null: data=pairs needs a file"),
+        ("data=pairs", r"^data\.path=null: data=pairs needs it, as in data\.path=mine\.jsonl, a folder or owner/name$"),
         ("output_dir=", r"^output_dir= is empty: name the folder"),
         ("seed=-1", r"^seed=-1 must lie between 0 and 4294967295$"),
         ("optimizer.learning_rate=nan", r"^optimizer\.learning_rate=nan must be positive$"),
@@ -218,7 +220,8 @@ def test_every_key_of_a_layer_arrives(merge_config: MakeConfig) -> None:
     )
 
 
-ASK_A_TEACHER = ": use data=distillation data.path=..., or set it to 0"
+ASK_A_TEACHER = "use data=scored, distillation_ids or stanford, or set it to 0"
+NEEDED = "needs it, as in data.path=mine.jsonl, a folder or owner/name"
 LEARNT = "loss.contrastive.learn_temperature=true"
 
 
@@ -280,21 +283,15 @@ LEARNT = "loss.contrastive.learn_temperature=true"
         ),
         (
             ["loss=distillation"],
-            "loss.terms.distillation=1 needs teacher scores; data=python_functions has the columns query, positive"
-            + ASK_A_TEACHER,
+            f"loss.terms.distillation=1 needs teacher scores, and data=python_functions has none: {ASK_A_TEACHER}",
         ),
         (
             ["loss.terms.margin_mse=0.25", *PAIRS],
-            "loss.terms.margin_mse=0.25 needs teacher scores; data=pairs has the columns query, positive"
-            + ASK_A_TEACHER,
+            f"loss.terms.margin_mse=0.25 needs teacher scores, and data=pairs has none: {ASK_A_TEACHER}",
         ),
         (
-            [
-                *("loss=distillation", "loss.terms.margin_mse=1", *PAIRS, "data.negative_columns=[no, never]"),
-                *("data.query_column=question", "data.positive_column=answer"),
-            ],
-            "loss.terms.distillation=1 needs teacher scores; data=pairs has the columns question, answer, no, never"
-            + ASK_A_TEACHER,
+            ["loss=distillation", "loss.terms.margin_mse=1", *PAIRS],
+            f"loss.terms.distillation=1 needs teacher scores, and data=pairs has none: {ASK_A_TEACHER}",
         ),
         *(
             (
@@ -359,21 +356,12 @@ LEARNT = "loss.contrastive.learn_temperature=true"
             for count in (0, -2)
         ),
         (
-            ["data=distillation"],
-            "data.path=null: data=distillation needs a folder with queries, documents and teacher scores",
-        ),
-        (
-            [*DISTILLATION, "data.split=null"],
-            "data.split=null: data=distillation reads a file of its folder: name it, as in data.split=train",
-        ),
-        (
-            [*DISTILLATION, "data.evaluation_path=other"],
-            "data.evaluation_split=null: name the file of data.evaluation_path=other, as in data.evaluation_split=test",
+            ["data=distillation_ids"],
+            f"data.path=null: data=distillation_ids {NEEDED}",
         ),
         (
             [*DISTILLATION, "data.negative_columns=[no]"],
-            "data.negative_columns=['no'] has no effect on data=distillation, whose rows rank documents: "
-            "set it to null",
+            "data.negative_columns=['no'] has no effect on data=distillation_ids: set it to null",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -407,6 +395,120 @@ def test_a_bad_loss_optimiser_or_set_is_named_with_its_rule(
 )
 def test_a_value_at_the_edge_of_its_rule_is_taken(overrides: list[str], merge_config: MakeConfig) -> None:
     merge_config(*overrides)
+
+
+# One set of examples
+
+SCORED = ("data=scored", "data.path=mine.jsonl")
+BEIR = ("data=beir", "data.path=scifact")
+STANFORD = ("data=stanford", "data.path=triples.tsv", "data.queries_path=queries.tsv", "data.documents_path=docs.tsv")
+TAUGHT = "distillation_ids, scored, stanford"
+DRAWS = "data.draw=stratified draws some of the documents that a teacher scored: set data.documents_per_query, and use "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            ([*PAIRS, f"data.max_empty={share}"], f"data.max_empty={share} must lie between 0 and 1")
+            for share in (-0.1, 1.5)
+        ),
+        *(
+            (
+                [*PAIRS, f"data.evaluation_fraction={share}"],
+                f"data.evaluation_fraction={share} must be at least 0 and below 1",
+            )
+            for share in (1.0, -0.5)
+        ),
+        *(
+            ([*PAIRS, f"data.{side}_length=0"], f"data.{side}_length=0 must be positive")
+            for side in ("query", "document")
+        ),
+        ([*BEIR, "data.positive_grade=0"], "data.positive_grade=0 must be positive"),
+        (
+            [*PAIRS, "data.documents_per_query=0"],
+            "data.documents_per_query=0 must be 1 or more: a query keeps its positive",
+        ),
+        # What another format reads.
+        (
+            [*PAIRS, "data.scores_column=scores"],
+            "data.scores_column=scores has no effect on data=pairs: set it to null",
+        ),
+        ([*PAIRS, "data.positive=best"], "data.positive=best has no effect on data=pairs: set it to null"),
+        ([*SCORED, "data.positive_column=a"], "data.positive_column=a has no effect on data=scored: set it to null"),
+        ([*BEIR, "data.revision=main"], "data.revision=main has no effect on data=beir: set it to null"),
+        ([*BEIR, "data.evaluation_path=a"], "data.evaluation_path=a has no effect on data=beir: set it to null"),
+        ([*STANFORD, "data.split=train"], "data.split=train has no effect on data=stanford: set it to null"),
+        (
+            ["data=python_functions", "data.path=mine.jsonl"],
+            "data.path=mine.jsonl has no effect on data=python_functions: use data=pairs for files of your own",
+        ),
+        # What the format must have.
+        (["data=scored"], "data.path=null: data=scored needs it, as in data.path=mine.jsonl, a folder or owner/name"),
+        ([*PAIRS, "data.query_column=null"], "data.query_column=null: data=pairs needs it"),
+        ([*SCORED, "data.scores_column=null"], "data.scores_column=null: data=scored needs it"),
+        ([*SCORED, "data.positive=null"], "data.positive=null: data=scored needs it"),
+        ([*BEIR, "data.negatives=null"], "data.negatives=null: data=beir needs it"),
+        (
+            [*STANFORD, "data.queries_path=null"],
+            "data.queries_path=null: data=stanford needs it, as in data.queries_path=queries.tsv",
+        ),
+        (
+            [*STANFORD, "data.documents_path=null"],
+            "data.documents_path=null: data=stanford needs it, as in data.documents_path=collection.tsv",
+        ),
+        (
+            [*BEIR, "data.split=null"],
+            "data.split=null: data=beir reads qrels/<split>.tsv: name it, as in data.split=train",
+        ),
+        *(
+            (
+                [*BEIR, *given],
+                f"data.run_path={path} and data.negatives={negatives}: a ranking is read where both are set: name the "
+                "file, and set data.negatives=run",
+            )
+            for given, path, negatives in (
+                (["data.negatives=run"], None, "run"),
+                (["data.run_path=bm25.trec"], "bm25.trec", "none"),
+                (["data.run_path=bm25.trec", "data.negatives=judged"], "bm25.trec", "judged"),
+            )
+        ),
+        *(
+            ([*given, "data.draw=stratified"], f"{DRAWS}one of data={TAUGHT}; or set it to uniform")
+            for given in (
+                [*PAIRS, "data.documents_per_query=4"],
+                [*BEIR, "data.documents_per_query=4"],
+                [*SCORED, "data.documents_per_query=null"],
+            )
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_set_is_named_with_its_rule(arguments: list[str], message: str, merge_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        merge_config(*arguments)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*PAIRS, "data.max_empty=0", "data.evaluation_fraction=0", "data.query_length=1"],
+        [*PAIRS, "data.max_empty=1", "data.split=null", "data.revision=main", "data.subset=a"],
+        [*SCORED, "data.draw=stratified", "data.documents_per_query=2"],
+        [*STANFORD, "data.draw=stratified", "data.documents_per_query=2"],
+        [*BEIR, "data.negatives=run", "data.run_path=bm25.trec"],
+        [*BEIR, "data.evaluation_split=test", "data.negatives=judged"],
+        ["data=python_functions", "data.documents_per_query=1", "data.document_prefix=''"],
+        [*PAIRS, "data.length_window=1"],
+    ],
+    ids=" ".join,
+)
+def test_a_set_at_the_edge_of_its_rules_is_taken(arguments: list[str], merge_config: MakeConfig) -> None:
+    merge_config(*arguments)
+
+
+# What arrives
 
 
 def test_the_values_of_accepted_keys_arrive(make_config: MakeConfig) -> None:

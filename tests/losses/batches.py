@@ -10,7 +10,7 @@ import cmath
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ SIZE = 6
 Numbers = Sequence[Sequence[complex]]
 """Scores, Q x N."""
 Formula = Callable[[Numbers], complex]
+Value = TypeVar("Value")
 Expected = tuple[float, Tensor, Tensor]
 """A value, and its gradients for queries and documents."""
 
@@ -178,38 +179,44 @@ def contrastive(
     temperature: complex,
     symmetric: bool = False,
     left_out: Collection[tuple[int, int]] = (),
+    only: int | None = None,
 ) -> Formula:
     """Mean of -log softmax of each query's positive among the documents, those left out (query, document) aside; with
-    symmetric, the mean of that and of the same for each positive's query among the queries."""
+    symmetric, the mean of that and of the same for each positive's query among the queries. only: of one query."""
     positives = [documents[0] for documents in own_documents(batch)]
 
     def formula(scores: Numbers) -> complex:
         total = 0j
-        for q, positive in enumerate(positives):
+        for q, positive in _chosen(positives, only):
             among = [n for n in range(len(scores[q])) if (q, n) not in left_out]
             logits = [scores[q][n] / temperature for n in among]
             total -= log_softmax(logits)[among.index(positive)]
         if symmetric:
-            for q, positive in enumerate(positives):
+            for q, positive in _chosen(positives, only):
                 among = [other for other in range(len(positives)) if (other, positive) not in left_out]
                 logits = [scores[other][positive] / temperature for other in among]
                 total -= log_softmax(logits)[among.index(q)]
             total /= 2
-        return total / len(positives)
+        return total / len(_chosen(positives, only))
 
     return formula
 
 
 def distillation(
-    batch: EncodedBatch, *, student_temperature: float, teacher_temperature: float, min_max: bool
+    batch: EncodedBatch,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    min_max: bool,
+    only: int | None = None,
 ) -> Formula:
-    """Mean of T_s^2 x sum p_t (log p_t - log p_s) over each query's own documents."""
+    """Mean of T_s^2 x sum p_t (log p_t - log p_s) over each query's own documents; only: of one query."""
     assert batch.teacher_scores is not None
     teacher = batch.teacher_scores.tolist()
 
     def formula(scores: Numbers) -> complex:
         total = 0j
-        for q, documents in enumerate(own_documents(batch)):
+        for q, documents in _chosen(own_documents(batch), only):
             student = [scores[q][n] for n in documents]
             if min_max:
                 lowest, highest = min(student, key=_real), max(student, key=_real)
@@ -218,27 +225,33 @@ def distillation(
             log_teacher = log_softmax([value / teacher_temperature for value in teacher[q][: len(documents)]])
             for ours, theirs in zip(log_student, log_teacher, strict=True):
                 total += cmath.exp(theirs) * (theirs - ours)
-        return total / len(scores) * student_temperature**2
+        return total / len(_chosen(scores, only)) * student_temperature**2
 
     return formula
 
 
-def margin_mse(batch: EncodedBatch, *, teacher_temperature: float) -> Formula:
-    """Mean over the queries of the mean over a query's margins of (student's - teacher's)^2; 0 without a margin."""
+def margin_mse(batch: EncodedBatch, *, teacher_temperature: float, only: int | None = None) -> Formula:
+    """Mean over the queries of the mean over a query's margins of (student's - teacher's)^2; 0 without a margin. only:
+    of one query."""
     assert batch.teacher_scores is not None
     teacher = batch.teacher_scores.tolist()
 
     def formula(scores: Numbers) -> complex:
         total = 0j
-        for q, (positive, *others) in enumerate(own_documents(batch)):
+        for q, (positive, *others) in _chosen(own_documents(batch), only):
             errors = [
                 scores[q][positive] - scores[q][other] - (teacher[q][0] - teacher[q][k]) / teacher_temperature
                 for k, other in enumerate(others, start=1)
             ]
             total += sum(error**2 for error in errors) / max(1, len(errors))
-        return total / len(scores)
+        return total / len(_chosen(scores, only))
 
     return formula
+
+
+def _chosen(values: Sequence[Value], only: int | None) -> list[tuple[int, Value]]:
+    """What each query has, or one alone, with the query's number."""
+    return list(enumerate(values)) if only is None else [(only, values[only])]
 
 
 def log_softmax(values: Sequence[complex]) -> list[complex]:
@@ -340,3 +353,16 @@ def _uncut(gradient: Tensor, vectors: Tensor) -> Tensor:
 
 def _real(value: complex) -> float:
     return value.real
+
+
+def averaged(
+    term: Callable[[Any], tuple[Tensor, dict[str, Tensor]]],
+) -> Callable[[Any], tuple[Tensor, dict[str, Tensor]]]:
+    """A term, or a whole loss, by the mean of its values, one a query: what is minimised."""
+
+    def value(given: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        values, facts = term(given)
+        assert values.shape == (len((given.batch if isinstance(given, Scores) else given).queries),)
+        return values.mean(), facts
+
+    return value

@@ -20,6 +20,7 @@ from tests.losses.batches import (
     as_features,
     assert_equal,
     assert_equal_to_theirs,
+    averaged,
     contrastive,
     loop,
     loop_scores,
@@ -29,7 +30,9 @@ from tests.losses.batches import (
     own_documents,
     with_ids,
 )
-from trainer.data.batches import Batch, tokenize
+from tests.trainer.made import chunked
+from trainer.data.batches import Batch
+from trainer.data.order import Place
 from trainer.encoding import encode_batch
 
 # Documents of each query.
@@ -62,7 +65,7 @@ def make_term(
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_value_and_gradients_equal_the_loop(counts: list[int], temperature: float, symmetric: bool) -> None:
     batch = make_batch(counts)
-    loss, facts = make_term(temperature=temperature, symmetric=symmetric)(make_scores(batch))
+    loss, facts = averaged(make_term(temperature=temperature, symmetric=symmetric))(make_scores(batch))
     assert_equal(loss, batch, loop(batch, contrastive(batch, temperature=temperature, symmetric=symmetric)))
     assert facts == {}
 
@@ -70,7 +73,7 @@ def test_value_and_gradients_equal_the_loop(counts: list[int], temperature: floa
 def test_the_mean_score_is_over_the_scored_tokens_of_each_query() -> None:
     batch = make_batch([3, 1, 2])
     assert len(set(batch.query_mask.sum(dim=1).tolist())) > 1
-    loss, _ = make_term()(make_scores(batch, kind=Score.mean_maxsim))
+    loss, _ = averaged(make_term())(make_scores(batch, kind=Score.mean_maxsim))
     assert_equal(loss, batch, loop(batch, contrastive(batch, temperature=0.5), kind=Score.mean_maxsim))
 
 
@@ -78,7 +81,7 @@ def test_without_own_negatives_a_query_meets_those_of_other_queries_alone() -> N
     batch = make_batch([3, 1, 2])
     left_out = {(q, negative) for q, (_, *negatives) in enumerate(own_documents(batch)) for negative in negatives}
     assert len(left_out) == 3
-    loss, facts = make_term(own_negatives=False)(make_scores(batch))
+    loss, facts = averaged(make_term(own_negatives=False))(make_scores(batch))
     assert_equal(loss, batch, loop(batch, contrastive(batch, temperature=0.5, left_out=left_out)))
     assert facts == {}
 
@@ -98,7 +101,7 @@ def share_positives(batch: EncodedBatch) -> tuple[EncodedBatch, set[tuple[int, i
 def test_the_positive_at_another_row_and_other_known_positives_are_left_out_and_counted(symmetric: bool) -> None:
     batch, same, known = share_positives(make_batch([3, 1, 2]))
     formula = contrastive(batch, temperature=0.5, symmetric=symmetric, left_out=same | known)
-    loss, facts = make_term(symmetric=symmetric, mask_known_positives=True)(make_scores(batch))
+    loss, facts = averaged(make_term(symmetric=symmetric, mask_known_positives=True))(make_scores(batch))
     assert_equal(loss, batch, loop(batch, formula))
     # Two documents each, of three queries; a positive that stands again is also a known one, and counted once.
     assert {name: value.item() for name, value in facts.items()} == {
@@ -109,14 +112,14 @@ def test_the_positive_at_another_row_and_other_known_positives_are_left_out_and_
 
 def test_known_positives_are_negatives_like_all_others_where_they_are_not_masked() -> None:
     batch, _, _ = share_positives(make_batch([3, 1, 2]))
-    loss, facts = make_term(mask_known_positives=False)(make_scores(batch))
+    loss, facts = averaged(make_term(mask_known_positives=False))(make_scores(batch))
     assert_equal(loss, batch, loop(batch, contrastive(batch, temperature=0.5)))
     assert facts == {}
 
 
 def test_nothing_is_masked_where_no_document_stands_twice_and_nothing_else_is_known() -> None:
     batch = make_batch([3, 1, 2])
-    loss, facts = make_term(mask_known_positives=True)(make_scores(batch))
+    loss, facts = averaged(make_term(mask_known_positives=True))(make_scores(batch))
     assert_equal(loss, batch, loop(batch, contrastive(batch, temperature=0.5)))
     assert set(facts) == {"same_document_masked", "known_positives_masked"}
     assert not any(facts.values())
@@ -141,7 +144,7 @@ def test_negatives_above_the_ratio_are_left_out_and_counted(symmetric: bool, kin
     left_out = find_above(batch, ratio, kind)
     assert 0 < len(left_out) < 15, "all or none of 3 x 6 - 3"
     formula = contrastive(batch, temperature=0.5, symmetric=symmetric, left_out=left_out)
-    loss, facts = make_term(symmetric=symmetric, max_negative_ratio=ratio)(make_scores(batch, kind=kind))
+    loss, facts = averaged(make_term(symmetric=symmetric, max_negative_ratio=ratio))(make_scores(batch, kind=kind))
     assert_equal(loss, batch, loop(batch, formula, kind=kind))
     assert set(facts) == {"above_ratio_masked"}
     assert facts["above_ratio_masked"].item() == pytest.approx(len(left_out) / 3)
@@ -155,7 +158,7 @@ def test_the_ratio_is_where_a_negative_begins_to_be_left_out() -> None:
     others = find_above(batch, share) - {(0, negative)}
     # The least above and below; the two scores are equal to 1e-15.
     for ratio, left_out in ((share * (1 - 1e-12), others | {(0, negative)}), (share * (1 + 1e-12), others)):
-        loss, facts = make_term(max_negative_ratio=ratio)(make_scores(batch))
+        loss, facts = averaged(make_term(max_negative_ratio=ratio))(make_scores(batch))
         assert_equal(loss, batch, loop(batch, contrastive(batch, temperature=0.5, left_out=left_out)))
         assert facts["above_ratio_masked"].item() == pytest.approx(len(left_out) / 3)
 
@@ -168,7 +171,9 @@ def test_what_several_rules_leave_out_is_counted_by_the_first() -> None:
     assert above & (known | own)
     rest = above - same - known - own
     assert rest
-    loss, facts = make_term(own_negatives=False, mask_known_positives=True, max_negative_ratio=0.6)(make_scores(batch))
+    loss, facts = averaged(make_term(own_negatives=False, mask_known_positives=True, max_negative_ratio=0.6))(
+        make_scores(batch)
+    )
     assert_equal(loss, batch, loop(batch, contrastive(batch, temperature=0.5, left_out=same | known | own | above)))
     assert {name: value.item() for name, value in facts.items()} == {
         "same_document_masked": pytest.approx(2 / 3),
@@ -181,7 +186,7 @@ def test_a_query_that_is_left_no_negative_costs_nothing_and_gets_no_gradient() -
     batch = make_batch([1, 1])
     batch = with_ids(batch, [7, 7], [[7], [7]])
     for symmetric in (False, True):
-        loss, _ = make_term(mask_known_positives=True, symmetric=symmetric)(make_scores(batch))
+        loss, _ = averaged(make_term(mask_known_positives=True, symmetric=symmetric))(make_scores(batch))
         assert_equal(loss, batch, (0.0, torch.zeros_like(batch.queries), torch.zeros_like(batch.documents)))
 
 
@@ -192,13 +197,13 @@ def test_documents_that_all_score_the_same_cost_the_log_of_their_number() -> Non
         documents=batch.documents[:1].expand(7, -1, -1),
         document_mask=batch.document_mask[:1].expand(7, -1),
     )
-    loss, _ = make_term(temperature=0.05)(make_scores(same))
+    loss, _ = averaged(make_term(temperature=0.05))(make_scores(same))
     assert loss.item() == pytest.approx(math.log(7), rel=1e-12)
 
 
 def test_bfloat16_vectors_give_a_float32_loss_of_the_same_value() -> None:
     half = make_batch([3, 2, 2], dtype=torch.bfloat16)
-    loss, _ = make_term(temperature=0.05)(make_scores(half))
+    loss, _ = averaged(make_term(temperature=0.05))(make_scores(half))
     assert loss.dtype == torch.float32
     # The loop reads the rounded vectors, so only float32 sums of at most 4 / 0.05 = 80 are between the two.
     assert loss.item() == pytest.approx(loop(half, contrastive(half, temperature=0.05))[0], abs=1e-4)
@@ -215,7 +220,7 @@ def test_equals_the_loss_of_sentence_transformers_on_the_same_vectors(counts: li
     theirs = MultiVectorMultipleNegativesRankingLoss(
         make_their_encoder(), scale=2.0, similarity_fct=THEIR_SCORES[kind]
     )(as_features(batch))
-    ours, _ = make_term(temperature=0.5)(make_scores(batch, kind=kind))
+    ours, _ = averaged(make_term(temperature=0.5))(make_scores(batch, kind=kind))
     assert_equal_to_theirs(ours, theirs, batch)
 
 
@@ -227,6 +232,7 @@ NEGATIVES = [
 ]
 
 
+@pytest.mark.usefixtures("own_caches")
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 @pytest.mark.parametrize("columns", [0, 2], ids=["pairs", "two negatives each"])
 def test_equals_the_loss_of_sentence_transformers_in_value_and_in_every_gradient(
@@ -249,17 +255,17 @@ def test_equals_the_loss_of_sentence_transformers_in_value_and_in_every_gradient
     documents = [text for texts in zip(POSITIVES, *negatives, strict=True) for text in texts]
     candidates = torch.arange(len(documents)).view(len(QUERIES), -1)
     batch = Batch(
-        queries=tokenize(encoder, QUERIES, task="query", chunk_tokens=24),
-        documents=tokenize(encoder, documents, task="document", chunk_tokens=24),
+        queries=chunked(encoder, QUERIES, "query", 24),
+        documents=chunked(encoder, documents, "document", 24),
         candidates=candidates,
         teacher_scores=None,
         document_ids=torch.arange(1, len(documents) + 1),
         known_positives=candidates[:, :1] + 1,
-        rows=[0, 1, 2, 3],
+        places=[Place(0, 0, row) for row in range(4)],
         share=1.0,
     )
     encoded = encode_batch(encoder, batch, torch.device("cpu"))
-    ours, _ = build_loss(config.loss, width=encoded.queries.shape[-1], maxsim="reference")(encoded)
+    ours, _ = averaged(build_loss(config.loss, width=encoded.queries.shape[-1], maxsim="reference"))(encoded)
     ours.backward()
 
     # Scores of up to 8 / temperature carry an error of 6e-8 of that, and so do the softmax and its gradient.

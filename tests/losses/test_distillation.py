@@ -14,6 +14,7 @@ from tests.losses.batches import (
     as_features,
     assert_equal,
     assert_equal_to_theirs,
+    averaged,
     distillation,
     loop,
     make_batch,
@@ -35,7 +36,7 @@ def test_value_and_gradients_equal_the_loop(
     batch = make_batch(counts)
     term = DistillationLoss(student_temperature=student, teacher_temperature=teacher, min_max=min_max)
     formula = distillation(batch, student_temperature=student, teacher_temperature=teacher, min_max=min_max)
-    loss, facts = term(make_scores(batch, pool=False, kind=kind))
+    loss, facts = averaged(term)(make_scores(batch, pool=False, kind=kind))
     assert_equal(loss, batch, loop(batch, formula, kind=kind))
     assert facts == {}
 
@@ -50,7 +51,7 @@ def test_min_max_takes_the_ends_of_documents_that_exist_where_all_scores_are_neg
     formula = distillation(opposed, student_temperature=0.5, teacher_temperature=2.0, min_max=True)
     scores = make_scores(opposed, pool=False)
     assert scores.own.max() < 0
-    loss, _ = DistillationLoss(student_temperature=0.5, teacher_temperature=2.0, min_max=True)(scores)
+    loss, _ = averaged(DistillationLoss(student_temperature=0.5, teacher_temperature=2.0, min_max=True))(scores)
     assert_equal(loss, opposed, loop(opposed, formula))
 
 
@@ -59,7 +60,7 @@ def test_a_student_that_agrees_with_its_teacher_up_to_a_constant_costs_nothing()
     own = make_scores(batch, pool=False).own.detach()
     # The teacher's logits are those of the student: 2 x own / 4 and own / 2.
     batch = replace(batch, teacher_scores=2 * own + torch.tensor([[3.0], [-7.0], [100.0]]))
-    loss, _ = DistillationLoss(student_temperature=2.0, teacher_temperature=4.0, min_max=False)(
+    loss, _ = averaged(DistillationLoss(student_temperature=2.0, teacher_temperature=4.0, min_max=False))(
         make_scores(batch, pool=False)
     )
     # Logits of up to 25, whose last bit is 4e-15.
@@ -72,7 +73,7 @@ def test_a_student_that_agrees_with_its_teacher_up_to_a_constant_costs_nothing()
 def test_queries_with_one_document_cost_nothing_and_get_no_gradient(min_max: bool) -> None:
     batch = make_batch([1, 1])
     term = DistillationLoss(student_temperature=0.5, teacher_temperature=1.0, min_max=min_max)
-    loss, _ = term(make_scores(batch, pool=False))
+    loss, _ = averaged(term)(make_scores(batch, pool=False))
     assert_equal(loss, batch, (0.0, torch.zeros_like(batch.queries), torch.zeros_like(batch.documents)))
 
 
@@ -85,7 +86,7 @@ def test_min_max_makes_equal_scores_a_uniform_distribution() -> None:
         teacher_scores=torch.tensor([[0.0, 0.0, 0.0], [math.log(3), 0.0, 5.0]]),
     )
     term = DistillationLoss(student_temperature=0.5, teacher_temperature=1.0, min_max=True)
-    loss, _ = term(make_scores(same, pool=False))
+    loss, _ = averaged(term)(make_scores(same, pool=False))
     # 3/4 and 1/4 against one half each; the first query's teacher is uniform, too.
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     # The teacher's scores are float32 here.
@@ -101,7 +102,7 @@ def test_a_teacher_that_is_sure_gives_a_finite_value_and_gradient_in_float32(min
     batch = replace(batch, teacher_scores=1e4 * batch.teacher_scores.float())
     term = DistillationLoss(student_temperature=0.01, teacher_temperature=1.0, min_max=min_max)
     formula = distillation(batch, student_temperature=0.01, teacher_temperature=1.0, min_max=min_max)
-    loss, _ = term(make_scores(batch, pool=False))
+    loss, _ = averaged(term)(make_scores(batch, pool=False))
     value, *gradients = loop(batch, formula)
     assert loss.dtype == torch.float32
     # Logits of up to 4 / 0.01 in float32.
@@ -126,7 +127,7 @@ def test_equals_the_loss_of_sentence_transformers_on_the_same_vectors(
         student_temperature=student,
         teacher_temperature=teacher,
     )(as_features(batch), batch.teacher_scores)
-    ours, _ = DistillationLoss(student_temperature=student, teacher_temperature=teacher, min_max=False)(
+    ours, _ = averaged(DistillationLoss(student_temperature=student, teacher_temperature=teacher, min_max=False))(
         make_scores(batch, pool=False, kind=kind)
     )
     assert_equal_to_theirs(ours, theirs, batch)

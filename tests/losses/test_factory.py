@@ -21,6 +21,7 @@ from tests.losses.batches import (
     SIZE,
     add_up,
     assert_equal,
+    averaged,
     contrastive,
     distillation,
     loop,
@@ -62,12 +63,25 @@ def test_the_loss_is_the_sum_of_its_terms_by_their_weights_and_logs_each_before_
         ),
         "margin_mse": loop(batch, margin_mse(batch, teacher_temperature=4.0), kind=Score.mean_maxsim),
     }
-    loss, logged = build_loss(config, width=SIZE, maxsim="reference")(batch)
+    values, logged = build_loss(config, width=SIZE, maxsim="reference")(batch)
     assert_equal(
-        loss,
+        values.mean(),
         batch,
         add_up((0.5, expected["contrastive"]), (2.0, expected["distillation"]), (0.25, expected["margin_mse"])),
     )
+    for query, value in enumerate(values):
+        parts = {
+            "contrastive": loop(batch, contrastive(batch, temperature=0.5, only=query)),
+            "distillation": loop(
+                batch,
+                distillation(batch, student_temperature=0.75, teacher_temperature=2.0, min_max=True, only=query),
+                kind=Score.mean_maxsim,
+            ),
+            "margin_mse": loop(batch, margin_mse(batch, teacher_temperature=4.0, only=query), kind=Score.mean_maxsim),
+        }
+        assert_equal(
+            value, batch, add_up((0.5, parts["contrastive"]), (2.0, parts["distillation"]), (0.25, parts["margin_mse"]))
+        )
     assert list(logged) == list(TERMS)
     for name, value in logged.items():
         assert value.item() == pytest.approx(expected[name][0], rel=1e-10)
@@ -79,10 +93,10 @@ def test_a_term_of_weight_0_is_neither_computed_nor_logged(name: str) -> None:
     batch = make_batch([3, 1, 2])
     both = {other: 0.5 for other in TERMS if other != name}
     loss = build_loss(plain(make_loss_config(**both)), width=SIZE, maxsim="reference")
-    total, logged = loss(batch)
+    total, logged = averaged(loss)(batch)
     parts = [build_loss(plain(make_loss_config(**{other: 0.5})), width=SIZE, maxsim="reference") for other in both]
     assert list(loss.terms) == list(logged) == list(both)
-    assert total.item() == pytest.approx(sum(part(batch)[0].item() for part in parts), rel=1e-12)
+    assert total.item() == pytest.approx(sum(averaged(part)(batch)[0].item() for part in parts), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,13 +107,13 @@ def test_the_loss_of_vectors_of_up_to_32_bits_is_float32(dtype: torch.dtype) -> 
         matryoshka=MatryoshkaConfig(widths=[6, 3], weights=[1.0, 0.5]),
     )
     loss = build_loss(config, width=SIZE, maxsim="reference")
-    total, _ = loss(batch)
+    total, _ = averaged(loss)(batch)
     wide = replace(
         batch,
         queries=batch.queries.detach().double().requires_grad_(),
         documents=batch.documents.detach().double().requires_grad_(),
     )
-    expected, _ = loss(wide)
+    expected, _ = averaged(loss)(wide)
     assert total.dtype == torch.float32
     # bfloat16 vectors are cut and brought to unit length in bfloat16, in steps of 2^-8.
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
@@ -239,14 +253,14 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_file_of_the_group_names_its_terms(name: str, make_config: Callable[..., Config]) -> None:
-    config = make_config(f"loss={name}", "data=distillation", "data.path=here").loss
+    config = make_config(f"loss={name}", "data=distillation_ids", "data.path=here").loss
     assert {term: weight for term, weight in asdict(config.terms).items() if weight} == FILES[name]
     assert list(build_loss(config, width=SIZE, maxsim="reference").terms) == list(FILES[name])
 
 
 def test_the_files_state_pylate_s_conventions(make_config: Callable[..., Config]) -> None:
     loss = build_loss(
-        make_config("loss=distillation_contrastive", "data=distillation", "data.path=here").loss,
+        make_config("loss=distillation_contrastive", "data=distillation_ids", "data.path=here").loss,
         width=SIZE,
         maxsim="reference",
     )

@@ -14,7 +14,7 @@ from configs.schema import MatryoshkaConfig
 from losses.batch import EncodedBatch
 from losses.factory import Loss, build_loss
 from losses.gather import gather_rows, gather_texts
-from tests.losses.batches import SIZE, make_batch, make_loss_config
+from tests.losses.batches import SIZE, averaged, make_batch, make_loss_config
 
 # Texts, their tokens and the columns of a table about them on each process: no two alike, one text alone, none at all;
 # and all alike, nothing to pad.
@@ -155,7 +155,7 @@ def make_batches(processes: int) -> list[EncodedBatch]:
 
 def weigh(loss: Loss, batch: EncodedBatch, share: float) -> dict[str, Tensor]:
     """What a process adds to the mean over all queries: of the loss, of its gradients and of what is logged."""
-    total, logged = loss(batch)
+    total, logged = averaged(loss)(batch)
     [log_temperature] = loss.learnt.parameters()
     leaves = {"queries": batch.queries, "documents": batch.documents, "log_temperature": log_temperature}
     gradients = torch.autograd.grad(total * share, list(leaves.values()))

@@ -13,6 +13,7 @@ from tests.losses.batches import (
     as_features,
     assert_equal,
     assert_equal_to_theirs,
+    averaged,
     loop,
     make_batch,
     make_scores,
@@ -33,7 +34,7 @@ COUNTS = {
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_value_and_gradients_equal_the_loop(counts: list[int], temperature: float, kind: Score) -> None:
     batch = make_batch(counts)
-    loss, facts = MarginMSELoss(teacher_temperature=temperature)(make_scores(batch, pool=False, kind=kind))
+    loss, facts = averaged(MarginMSELoss(teacher_temperature=temperature))(make_scores(batch, pool=False, kind=kind))
     assert_equal(loss, batch, loop(batch, margin_mse(batch, teacher_temperature=temperature), kind=kind))
     assert facts == {}
 
@@ -43,9 +44,9 @@ def test_a_constant_on_all_of_a_query_s_teacher_scores_changes_nothing() -> None
     assert batch.teacher_scores is not None
     term = MarginMSELoss(teacher_temperature=2.0)
     moved = replace(batch, teacher_scores=batch.teacher_scores + torch.tensor([[3.0], [-7.0], [100.0]]))
-    loss, _ = term(make_scores(batch, pool=False))
+    loss, _ = averaged(term)(make_scores(batch, pool=False))
     # The sums of numbers near 100 lose 1e-14.
-    assert term(make_scores(moved, pool=False))[0].item() == pytest.approx(loss.item(), rel=1e-12)
+    assert averaged(term)(make_scores(moved, pool=False))[0].item() == pytest.approx(loss.item(), rel=1e-12)
 
 
 # What each of their scores is here.
@@ -59,5 +60,5 @@ def test_equals_the_loss_of_sentence_transformers_on_the_same_vectors(counts: li
     theirs = MultiVectorMarginMSELoss(make_their_encoder(), similarity_fct=THEIR_SCORES[kind])(
         as_features(batch), batch.teacher_scores
     )
-    ours, _ = MarginMSELoss(teacher_temperature=1.0)(make_scores(batch, pool=False, kind=kind))
+    ours, _ = averaged(MarginMSELoss(teacher_temperature=1.0))(make_scores(batch, pool=False, kind=kind))
     assert_equal_to_theirs(ours, theirs, batch)

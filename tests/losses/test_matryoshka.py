@@ -17,6 +17,7 @@ from tests.losses.batches import (
     SIZE,
     add_up,
     assert_equal,
+    averaged,
     contrastive,
     distillation,
     loop,
@@ -78,13 +79,13 @@ def test_the_scores_at_a_width_are_those_of_cut_vectors(pool: bool) -> None:
     batch = make_batch([4, 1, 2])
     formula = margin_mse(batch, teacher_temperature=4.0)
     for width in (5, 2, 1):
-        loss, _ = MarginMSELoss(teacher_temperature=4.0)(make_scores(batch, pool=pool, width=width))
+        loss, _ = averaged(MarginMSELoss(teacher_temperature=4.0))(make_scores(batch, pool=pool, width=width))
         assert_equal(loss, batch, loop(batch, formula, width=width))
 
 
 def test_the_loss_is_the_weighted_sum_over_widths_of_the_weighted_sum_of_terms() -> None:
     batch = make_batch([3, 1, 2])
-    loss, logged = make_loss({6: 1.0, 4: 0.75, 2: 0.125})(batch)
+    loss, logged = averaged(make_loss({6: 1.0, 4: 0.75, 2: 0.125}))(batch)
     parts, values = [], {}
     for width, width_weight in ((6, 1.0), (4, 0.75), (2, 0.125)):
         for name, weight, formula, kind in (

@@ -12,7 +12,7 @@ from torch import Tensor
 from losses.batch import EncodedBatch
 from losses.contrastive import ContrastiveLoss
 from losses.distillation import DistillationLoss
-from tests.losses.batches import contrastive, loop, make_scores
+from tests.losses.batches import averaged, contrastive, loop, make_scores
 
 VALUES = Path(__file__).parent / "pylate" / "values.json"
 CASES: dict[str, dict[str, Any]] = {case["name"]: case for case in json.loads(VALUES.read_text())["cases"]}
@@ -46,9 +46,9 @@ def compute_loss(case: dict[str, Any], batch: EncodedBatch) -> Tensor:
     arguments = case["arguments"]
     if case["loss_class"] == "Distillation":
         term = DistillationLoss(student_temperature=1.0, teacher_temperature=1.0, min_max=arguments["normalize_scores"])
-        return term(make_scores(batch, pool=False, width=batch.queries.shape[-1]))[0]
+        return averaged(term)(make_scores(batch, pool=False, width=batch.queries.shape[-1]))[0]
     assert case["loss_class"] == "Contrastive"
-    return make_contrastive(arguments["temperature"])(make_scores(batch, width=batch.queries.shape[-1]))[0]
+    return averaged(make_contrastive(arguments["temperature"]))(make_scores(batch, width=batch.queries.shape[-1]))[0]
 
 
 def make_contrastive(temperature: float) -> ContrastiveLoss:

@@ -8,7 +8,7 @@ import torch
 
 from losses.contrastive import ContrastiveLoss
 from losses.temperature import LearntTemperature
-from tests.losses.batches import STEP, assert_equal, contrastive, loop, loop_scores, make_batch, make_scores
+from tests.losses.batches import STEP, assert_equal, averaged, contrastive, loop, loop_scores, make_batch, make_scores
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one direction", "symmetric"])
@@ -17,13 +17,14 @@ def test_the_loss_and_its_gradients_for_the_temperature_and_the_vectors_equal_th
     temperature = LearntTemperature(0.25, (0.01, 10.0)).double()
     # float64 from here on: the first value was rounded to float32.
     logarithm = temperature.log_temperature.item()
-    loss, facts = ContrastiveLoss(
+    term = ContrastiveLoss(
         temperature=temperature,
         symmetric=symmetric,
         own_negatives=True,
         mask_known_positives=False,
         max_negative_ratio=None,
-    )(make_scores(batch))
+    )
+    loss, facts = averaged(term)(make_scores(batch))
 
     assert_equal(loss, batch, loop(batch, contrastive(batch, temperature=math.exp(logarithm), symmetric=symmetric)))
     stepped = contrastive(batch, temperature=cmath.exp(complex(logarithm, STEP)), symmetric=symmetric)

@@ -19,7 +19,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from datasets import Dataset
 from rich.console import Console
 from sentence_transformers import MultiVectorEncoder
 from torch import Tensor, nn
@@ -32,11 +31,12 @@ from losses.maxsim import kernels
 from losses.scores import Scores
 from scripts.kill_and_resume import CLOCK
 from tests.losses import emulation
+from tests.trainer.made import to_set, with_config
 from trainer import loop, stop
 from trainer.data import Data
 from trainer.data.batches import StepBatches
-from trainer.data.files import identity
 from trainer.data.retrieval import RetrievalSet
+from trainer.data.tables import with_texts
 from trainer.encoding import encode_batch
 from trainer.loop import Stopped, TrainingError, build_batches, count_steps, train
 from trainer.metrics import change_interval
@@ -75,7 +75,7 @@ ITERATION = {
 RATES = {"queries_per_second", "document_tokens_per_second", "padding_fraction"}
 METRICS = {"ndcg@10", "mrr@10", "map", "recall@100"}
 MATRYOSHKA = "loss.matryoshka={widths: [128, 32], weights: [1, 0.5]}"
-DISTILLATION = ("data=distillation", "loss=distillation_contrastive")
+DISTILLATION = ("data=distillation_ids", "loss=distillation_contrastive")
 DRAWN = ("data.documents_per_query=2", "loss.distillation.normalization=none")
 LEARNT = ("loss.contrastive.learn_temperature=true", "optimizer.groups=[{pattern: loss.*, learning_rate: 0.05}]")
 
@@ -95,20 +95,23 @@ def make_data(*, evaluated: bool = False, taught: bool = False) -> Data:
     rows = [(query, [positive, *negatives]) for query, positive, negatives in EXAMPLES]
     if taught:
         rows = [(query, [*documents, "fish", "what is that"][:3]) for query, documents in rows]
-    examples = Dataset.from_list(
+    examples = to_set(
         [
-            {
-                "query": query,
-                "query_id": identity(query),
-                "documents": documents,
-                "document_ids": [identity(document) for document in documents],
-                "scores": [row - place / 2 for place in range(len(documents))] if taught else [],
-                "place": f"made.jsonl:{row + 1}",
-            }
+            with_texts(
+                f"made.jsonl:{row + 1}",
+                query,
+                documents,
+                scores=[row - place / 2 for place in range(len(documents))] if taught else [],
+            )
             for row, (query, documents) in enumerate(rows)
         ]
     )
-    return Data(examples, RetrievalSet.from_examples(examples) if evaluated else None)
+    return Data([examples], RetrievalSet.from_examples(examples) if evaluated else None)
+
+
+def first_five(data: Data) -> Data:
+    [examples] = data.sets
+    return replace(data, sets=[examples.select(range(5))])
 
 
 def run(
@@ -132,7 +135,7 @@ def run(
             accelerator,
             encoder,
             loss=loss,
-            batches=build_batches(config, data.train, encoder, accelerator),
+            batches=make_batches(encoder, config, data, accelerator),
             evaluation=data.evaluation,
             config=config,
             folder=folder,
@@ -184,11 +187,19 @@ def without_dropout(encoder: MultiVectorEncoder) -> MultiVectorEncoder:
 
 def rows_of(encoder: MultiVectorEncoder, config: Config, step: int) -> list[int]:
     """Rows of a step, from 1."""
-    return make_batches(encoder, config, make_data()).rows(step - 1)
+    return rows_in(make_batches(encoder, config, make_data()), step - 1)
 
 
-def make_batches(encoder: MultiVectorEncoder, config: Config, data: Data) -> StepBatches:
-    return build_batches(config, data.train, encoder, Accelerator(cpu=True))
+def make_batches(
+    encoder: MultiVectorEncoder, config: Config, data: Data, accelerator: Accelerator | None = None
+) -> StepBatches:
+    """The sets of a mix keep what each says of itself."""
+    sets = with_config(data, config.data).sets if len(data.sets) == 1 else data.sets
+    return build_batches(config, sets, encoder, accelerator or Accelerator(cpu=True))
+
+
+def rows_in(batches: StepBatches, step: int) -> list[int]:
+    return [place.row for place in batches.order.step(step)]
 
 
 def plain_loss(encoder: MultiVectorEncoder, rows: list[int], temperature: float) -> Tensor:
@@ -297,9 +308,9 @@ def test_an_accumulated_step_has_the_gradient_of_the_weighted_mean_of_its_micro_
         "trainer.chunk_tokens=999",
     )
     data = make_data()
-    five = replace(data, train=data.train.select(range(5)))
+    five = first_five(data)
     encoder = without_dropout(encoder).double().train()
-    order = make_batches(encoder, config, five).rows(0)
+    order = rows_in(make_batches(encoder, config, five), 0)
     first, second = plain_loss(encoder, order[:2], 0.5), plain_loss(encoder, order[2:], 0.5)
     expected_loss = first * 2 / 5 + second * 3 / 5
     expected = gradients_of(encoder, expected_loss)
@@ -341,7 +352,7 @@ def test_dropout_is_on_also_after_an_evaluation(encoder: MultiVectorEncoder, mak
 
     def term(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
         modes.append({module.training for module in encoder.modules()})
-        return scores.batch.queries.sum(), {}
+        return scores.batch.queries.sum(dim=(1, 2)), {}
 
     config = make_config(*OVERRIDES, "evaluation.every_steps=1")
     run(encoder, config, data=make_data(evaluated=True), loss=loss_of(config, term))
@@ -351,8 +362,8 @@ def test_dropout_is_on_also_after_an_evaluation(encoder: MultiVectorEncoder, mak
 def test_batches_are_cut_and_drawn_as_the_config_says(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
     config = make_config(*OVERRIDES, "data.documents_per_query=2", "trainer.accumulation_steps=2")
     batches = make_batches(encoder, config, make_data())
-    given = (batches.batch_size, batches.accumulation_steps, batches.documents_per_query, batches.seed)
-    assert given == (4, 2, 2, 7)
+    assert (batches.batch_size, batches.accumulation_steps, batches.seed) == (4, 2, 7)
+    assert [each.config.documents_per_query for each in batches.sets] == [2]
     assert (batches.process, batches.processes) == (0, 1)
     assert batches.chunk_tokens == 24
     assert make_batches(encoder, make_config("trainer.cache_tokens=16"), make_data()).chunk_tokens == 16
@@ -370,14 +381,14 @@ def test_each_term_is_logged_by_itself_at_each_width_as_the_mean_over_the_querie
     )
     data = make_data(taught=True)
     # Two micro-batches: of two queries, and of three.
-    five = replace(data, train=data.train.select(range(5)))
+    five = first_five(data)
     encoder = without_dropout(encoder).train()
     expected: dict[str, float] = {}
     for batch in make_batches(encoder, config, five)[0]:
         with torch.no_grad():
             _, logged = loss_of(config)(encode_batch(encoder, batch, torch.device("cpu")))
         for name, value in logged.items():
-            expected[name] = expected.get(name, 0.0) + value.item() * len(batch.rows) / 5
+            expected[name] = expected.get(name, 0.0) + value.item() * len(batch.places) / 5
     terms = {"contrastive": 0.1, "distillation": 1.0, "margin_mse": 0.25}
     facts = {"same_document_masked", "known_positives_masked"}
     assert set(expected) == {f"{name}@{width}" for name in terms for width in (128, 32)} | facts
@@ -402,17 +413,9 @@ def test_what_is_left_out_of_the_negatives_is_logged_in_documents_a_query(
     encoder: MultiVectorEncoder, make_config: MakeConfig
 ) -> None:
     answers = [("what is a cat", "it meows"), ("what is a cat", "an animal"), ("what is it", "it meows"), ("a", "fish")]
-    examples = Dataset.from_list(
-        [
-            {
-                **{"query": query, "query_id": identity(query), "scores": [], "place": "made.jsonl:1"},
-                **{"documents": [text], "document_ids": [identity(text)]},
-            }
-            for query, text in answers
-        ]
-    )
+    examples = to_set([with_texts("made.jsonl:1", query, [text]) for query, text in answers])
     config = make_config(*OVERRIDES, "trainer.steps=1", "loss.contrastive.max_negative_ratio=1e-6")
-    line = run(encoder, config, data=Data(examples, None)).metrics[1]
+    line = run(encoder, config, data=Data([examples], None)).metrics[1]
     # "it meows" stands again for the first and the third query, "an animal" and twice "it meows" are known of the two
     # about a cat, and the other seven of twelve negatives score more than next to nothing.
     assert line["train/same_document_masked"] == pytest.approx(2 / 4)
@@ -462,6 +465,65 @@ def test_every_width_is_scored_and_the_models_own_is_watched(
         assert ours.result[when] == {name: line[f"eval/{name}"] for name in names}
     assert ours.result["best"]["ndcg@10"] == ours.result["after"]["ndcg@10"]
     assert ours.result["before"]["ndcg@10/32"] != ours.result["before"]["ndcg@10"]
+
+
+# A mix
+
+MIXES = [(), ("data.mix_batches=all_sets",)]
+
+
+def make_mix() -> Data:
+    """Of three, of five and of six examples, of which the last draws its negatives anew each epoch."""
+    [examples], [taught] = make_data().sets, make_data(taught=True).sets
+    return Data(
+        [
+            replace(examples.select([0, 2, 4]), name="first", config=replace(examples.config, document_length=9)),
+            replace(examples.select(range(5)), name="second", config=replace(examples.config, query_prefix="is ")),
+            replace(taught, name="third", config=replace(taught.config, documents_per_query=2)),
+        ],
+        None,
+    )
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "accumulated and cached"])
+@pytest.mark.parametrize("mix", MIXES, ids=["one set", "all sets"])
+def test_each_set_of_a_mix_is_logged_with_its_loss_and_its_queries(
+    mix: tuple[str, ...], cached: bool, encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    # At this rate the weights stay, and with them what each step costs.
+    overrides = [*OVERRIDES, "trainer.steps=9", "optimizer.learning_rate=1e-30", *mix]
+    overrides += ["trainer.accumulation_steps=2", "trainer.cache_tokens=24"] if cached else []
+    config = make_config(*overrides)
+    data, encoder = make_mix(), without_dropout(encoder).train()
+    batches = make_batches(encoder, config, data)
+    names = [each.name for each in data.sets]
+    seen: list[set[str]] = []
+    for line in run(deepcopy(encoder), config, data=data).metrics[1:]:
+        values: dict[str, list[float]] = {name: [] for name in names}
+        for batch in batches[int(line["step"]) - 1]:
+            with torch.no_grad():
+                losses, _ = loss_of(config)(encode_batch(encoder, batch, torch.device("cpu")))
+            for place, value in zip(batch.places, losses.tolist(), strict=True):
+                values[names[place.set]].append(value)
+        logged = {name for name in names if values[name]}
+        assert {key for key in line if key.endswith(("/queries", "/loss"))} == {
+            "train/loss",
+            *(f"train/{name}/{what}" for name in logged for what in ("loss", "queries")),
+        }
+        for name in logged:
+            assert line[f"train/{name}/queries"] == len(values[name])
+            assert line[f"train/{name}/loss"] == pytest.approx(math.fsum(values[name]) / len(values[name]), rel=1e-5)
+        queries = {name: line[f"train/{name}/queries"] for name in logged}
+        mean = sum(line[f"train/{name}/loss"] * queries[name] for name in logged) / sum(queries.values())
+        assert mean == pytest.approx(line["train/loss"], rel=1e-5)
+        seen.append(logged)
+    assert set().union(*seen) == set(names)
+    assert max(map(len, seen)) == (3 if mix else 1)
+
+
+def test_a_single_set_is_logged_as_the_loss_alone(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    for line in run(encoder, make_config(*OVERRIDES)).metrics[1:]:
+        assert {key for key in line if key.endswith(("/queries", "/loss"))} == {"train/loss"}
 
 
 # What takes less memory, or another step
@@ -729,7 +791,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
     def term(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
         calls.append(len(scores.batch.queries))
         # Two micro-batches a step: the fourth is the last of step 2.
-        return scores.batch.queries.sum() * 0 + (value if len(calls) == 4 else 1.0), {}
+        return scores.batch.queries.sum(dim=(1, 2)) * 0 + (value if len(calls) == 4 else 1.0), {}
 
     rows = rows_of(encoder, config, 2)
     with pytest.raises(TrainingError) as caught:
@@ -740,7 +802,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
         f"all in {folder.path}/failed_batch.jsonl: look at them, or lower optimizer.learning_rate"
     )
     written = [json.loads(line) for line in (folder.path / "failed_batch.jsonl").read_text().splitlines()]
-    assert written == [make_data().train[row] for row in rows]
+    assert written == [make_data().sets[0].example(row) for row in rows]
     assert [line["step"] for line in read_metrics(folder)] == [0, 1]
     assert not (folder.path / "model").exists()
 
@@ -941,6 +1003,20 @@ def test_what_a_run_is_made_of_goes_on_with_it(
     straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")), data=data)
     config = make_config(*overrides)
     kill(encoder, config, step=4, data=data)
+    assert_equal(go_on(encoder, config, data=data), straight)
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=["one set", "all sets"])
+def test_a_run_on_a_mix_goes_on_with_the_epochs_and_the_draws_of_each_set(
+    mix: tuple[str, ...], encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    overrides = [*OVERRIDES, "trainer.save_every_steps=3", "trainer.steps=8", *mix]
+    data, config = make_mix(), make_config(*overrides)
+    straight = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "straight")), data=data)
+    order = make_batches(encoder, config, data).order
+    # Sets are in several epochs of their own, also after the checkpoint.
+    assert len({(place.set, place.epoch) for step in range(3, 8) for place in order.step(step)}) > 3
+    kill(encoder, config, step=6, data=data)
     assert_equal(go_on(encoder, config, data=data), straight)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from sentence_transformers.base.modules import Transformer
 
 from configs.schema import Config, ConfigError
 from losses.maxsim import kernels
-from tests.trainer.made import DISTILLATION, MARGINS, make_data, to_examples
+from tests.trainer.made import DISTILLATION, MARGINS, make_data, to_examples, with_config
 from trainer import plan
 from trainer.data import Data
 from trainer.data.batches import choose_documents, cut
+from trainer.data.order import Place
 from trainer.plan import (
     build_accelerator,
     check_batch,
@@ -32,17 +34,23 @@ MakeConfig = Callable[..., Config]
 
 
 def check(config: Config, data: Data) -> None:
-    check_teacher(config, data, query_length=config.backbone.query_length)
+    check_teacher(config, with_config(data, config.data), query_length=config.backbone.query_length)
+
+
+@cache
+def of_size(examples: int) -> Data:
+    [five] = make_data().sets
+    return Data([five.select([row % 5 for row in range(examples)])], None)
 
 
 @pytest.mark.parametrize(("examples", "refused"), [(3, True), (4, False), (5, False)])
 def test_a_batch_larger_than_the_training_set_is_refused(examples: int, refused: bool, make_config: MakeConfig) -> None:
     config = make_config("trainer.batch_size=4")
     if not refused:
-        check_batch(config, examples, 1)
+        check_batch(config, of_size(examples), 1)
         return
     with pytest.raises(ConfigError) as caught:
-        check_batch(config, examples, 1)
+        check_batch(config, of_size(examples), 1)
     assert str(caught.value) == "trainer.batch_size=4 is larger than the 3 training examples: set 3 or less"
 
 
@@ -160,10 +168,10 @@ def test_a_micro_batch_with_less_than_a_query_for_each_process_is_refused(
 ) -> None:
     config = make_config(*overrides)
     if smallest is None:
-        check_batch(config, examples, processes)
+        check_batch(config, of_size(examples), processes)
         return
     with pytest.raises(ConfigError) as caught:
-        check_batch(config, examples, processes)
+        check_batch(config, of_size(examples), processes)
     trainer = config.trainer
     assert str(caught.value) == (
         f"trainer.batch_size={trainer.batch_size} in trainer.accumulation_steps={trainer.accumulation_steps} "
@@ -178,7 +186,7 @@ def test_exactly_those_batches_are_refused_that_leave_some_process_without_a_que
     for batch_size, accumulation_steps in [(4, 1), (4, 2), (6, 3), (7, 1), (8, 2)]:
         trainer = replace(config.trainer, batch_size=batch_size, accumulation_steps=accumulation_steps)
         for examples in range(batch_size, 4 * batch_size):
-            steps = cut(list(range(examples)), math.ceil(examples / batch_size))
+            steps = cut([Place(0, 0, row) for row in range(examples)], math.ceil(examples / batch_size))
             for processes in range(1, 6):
                 parts = [
                     part
@@ -187,7 +195,7 @@ def test_exactly_those_batches_are_refused_that_leave_some_process_without_a_que
                     for part in cut(micro_batch, processes)
                 ]
                 try:
-                    check_batch(replace(config, trainer=trainer), examples, processes)
+                    check_batch(replace(config, trainer=trainer), of_size(examples), processes)
                     outcome = True
                 except ConfigError:
                     outcome = False
@@ -213,9 +221,36 @@ def test_a_run_with_a_step_left_goes_on(done: int) -> None:
 # What a teacher cannot teach
 
 
+def mixed(*sizes: int) -> Data:
+    sets = [of_size(size).sets[0] for size in sizes]
+    return Data([replace(each, name=f"set{number}") for number, each in enumerate(sets)], None)
+
+
+def test_a_set_of_a_mix_that_does_not_fill_its_batch_is_refused_by_name(make_config: MakeConfig) -> None:
+    config = make_config("trainer.batch_size=4")
+    check_batch(config, mixed(9, 4), 1)
+    with pytest.raises(ConfigError) as caught:
+        check_batch(config, mixed(9, 3, 8), 1)
+    assert str(caught.value) == "trainer.batch_size=4 is larger than the 3 training examples of set1: set 3 or less"
+    # Micro-batches of two and three: of nine examples, a step has four or five; of five, two or three.
+    halves = make_config("trainer.batch_size=8", "trainer.accumulation_steps=2")
+    check_batch(halves, mixed(16, 9), 2)
+    with pytest.raises(ConfigError) as caught:
+        check_batch(halves, mixed(16, 9), 3)
+    assert str(caught.value).startswith("trainer.batch_size=8 in trainer.accumulation_steps=2 ")
+
+
+def test_batches_of_all_sets_are_filled_by_all_together(make_config: MakeConfig) -> None:
+    config = make_config("trainer.batch_size=4", "data.mix_batches=all_sets")
+    check_batch(config, mixed(1, 3), 1)
+    with pytest.raises(ConfigError) as caught:
+        check_batch(config, mixed(1, 2), 1)
+    assert str(caught.value) == "trainer.batch_size=4 is larger than the 3 training examples: set 3 or less"
+
+
 def taught(scores: list[list[float]]) -> Data:
     """A query for each of these scores, the best first."""
-    return Data(to_examples([[f"the {place}" for place in range(len(own))] for own in scores], scores), None)
+    return Data([to_examples([[f"the {place}" for place in range(len(own))] for own in scores], scores)], None)
 
 
 GOOD, FLAT, STEEP = [1.0, 0.5, 0.0], [7.0, 7.0, 7.0], [10.0, 0.0]
@@ -261,7 +296,7 @@ def test_a_teacher_that_leaves_one_document_in_most_queries_is_refused(
     assert str(caught.value) == message
     # Its own temperature does not matter where it gives margins, and neither where it is not asked.
     check(make_config(*MARGINS, *overrides, "loss.margin_mse.teacher_temperature=1e6"), data)
-    check(make_config("data=distillation", "data.path=unused", *overrides), data)
+    check(make_config("data=distillation_ids", "data.path=unused", *overrides), data)
     check(make_config(*DISTILLATION, *overrides), taught([steep, GOOD, steep, GOOD, GOOD]))
 
 
@@ -310,13 +345,35 @@ def test_margins_that_no_maxsim_has_in_most_queries_are_refused(
     # The checkpoint says how long its queries are.
     unknown = ("backbone.query_length=null", "backbone.expansion=none")
     check(make_config(*overrides, *unknown), taught([steep] * 5))
-    check(make_config("data=distillation", "data.path=unused"), taught([steep] * 5))
+    check(make_config("data=distillation_ids", "data.path=unused"), taught([steep] * 5))
+
+
+@pytest.mark.parametrize("term", [DISTILLATION, MARGINS])
+def test_a_set_of_a_mix_without_scores_is_refused_by_name(term: tuple[str, ...], make_config: MakeConfig) -> None:
+    config = make_config(*term)
+    [with_scores], [without] = taught([GOOD] * 5).sets, make_data().sets
+    partly = to_examples([["a", "b", "c"]] * 2, [GOOD, []])
+    check(config, Data([with_scores, replace(with_scores, name="other")], None))
+    for other in (without, partly):
+        with pytest.raises(ConfigError) as caught:
+            check(config, Data([with_scores, replace(other, name="answers")], None))
+        assert str(caught.value) == (
+            "loss.terms.distillation and margin_mse need teacher scores, and answers has none: give some, or set both "
+            "to 0"
+        )
+        check(make_config("data=pairs", "data.path=unused"), Data([with_scores, other], None))
+
+
+def test_the_teacher_of_each_set_of_a_mix_is_looked_at(make_config: MakeConfig) -> None:
+    flat = taught([FLAT] * 5).sets[0]
+    with pytest.raises(ConfigError, match=r"^the teacher's scores are all the same in 100% of 5 queries"):
+        check(make_config(*DISTILLATION), Data([*taught([GOOD] * 5).sets, flat], None))
 
 
 def test_the_documents_that_are_looked_at_are_those_of_the_first_epoch(make_config: MakeConfig) -> None:
     rows = []
     for row in range(5):
-        _, first, second = choose_documents(9, 3, seed=(1, 0, row))
+        _, first, second = choose_documents(9, 3, positives=1, stratified=False, seed=(1, 0, row, 0))
         rows.append([0.5 if place in (0, first, second) else 0.0 for place in range(9)])
     with pytest.raises(ConfigError, match=r"^the teacher's scores are all the same in 100% of 5 queries"):
         check(make_config(*DISTILLATION, "data.documents_per_query=3"), taught(rows))

@@ -1,6 +1,7 @@
 """What the start-up table says about a run, made by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from accelerate import Accelerator
@@ -9,7 +10,7 @@ from sentence_transformers.base.modules import Transformer
 
 from configs.schema import Config
 from losses.factory import build_loss
-from tests.trainer.made import DISTILLATION, MARGINS, make_data
+from tests.trainer.made import DISTILLATION, MARGINS, make_data, with_config
 from trainer import start_table
 from trainer.data import Data
 from trainer.data.retrieval import RetrievalSet
@@ -23,10 +24,10 @@ MakeConfig = Callable[..., Config]
 def describe(
     encoder: MultiVectorEncoder, config: Config, data: Data | None = None, *, backend: str = "reference"
 ) -> dict[str, str]:
-    data, accelerator = data or make_data(), Accelerator(cpu=True)
+    data, accelerator = with_config(data or make_data(), config.data), Accelerator(cpu=True)
     loss = build_loss(config.loss, width=encoder.get_embedding_dimension() or 0, maxsim=backend)
     freeze(encoder, loss.learnt, config.optimizer)
-    batches = build_batches(config, data.train, encoder, accelerator)
+    batches = build_batches(config, data.sets, encoder, accelerator)
     return describe_run(config, data, batches, encoder, loss, accelerator)
 
 
@@ -99,12 +100,12 @@ def test_documents_are_those_that_a_query_is_trained_with(
 @pytest.mark.parametrize(
     ("overrides", "processes", "words"),
     [
-        # Queries are filled to 8 tokens: two, two and one. Documents have 5, 7, 16, 16 and 16.
-        (["trainer.chunk_tokens=16"], 1, "3 of queries and 4 of documents a step and process, of at most 16 tokens"),
+        # Queries are filled to 8 tokens: two, two and one. Documents have 5, 7, 16, 16 and 16, and a chunk costs 1.
+        (["trainer.chunk_tokens=16"], 1, "3 of queries and 5 of documents a step and process, of at most 16 tokens"),
         (
             ["trainer.cache_tokens=16"],
             1,
-            "3 of queries and 4 of documents a step and process, of at most 16 tokens, each encoded twice",
+            "3 of queries and 5 of documents a step and process, of at most 16 tokens, each encoded twice",
         ),
         (["trainer.steps=1"], 1, "1 of queries and 1 of documents a step and process, of at most 1,024 tokens"),
         # Micro-batches of two and three, whose texts share no chunk.
@@ -342,24 +343,52 @@ def test_without_prefix_and_expansion_the_text_alone_is_measured(
     assert describe(encoder, make_config())["queries"] == "at most 8 tokens, which cuts 20% of 5, whose median is 5"
 
 
-def test_lengths_are_those_of_the_first_examples(
+def test_lengths_are_those_of_some_examples_evenly_over_the_data(
     encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start_table, "SAMPLE", 3)
     facts = describe(encoder, make_config())
-    assert facts["queries"].startswith("at most 8 tokens, which cuts 0% of 3, whose median is 5;")
-    assert facts["documents"].startswith("at most 16 tokens, which cuts 0% of 3, whose median is 7;")
+    assert facts["queries"].startswith("at most 8 tokens, which cuts 33% of 3, whose median is 6;")
+    assert facts["documents"].startswith("at most 16 tokens, which cuts 33% of 3, whose median is 16;")
 
 
 def test_the_remaining_facts_are_those_of_config_and_data(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
     config = make_config("trainer.precision=bf16")
     retrieval = RetrievalSet({"q0": "a", "q1": "b"}, {f"d{number}": str(number) for number in range(1234)}, {})
     facts = describe(encoder, config, make_data(evaluation=retrieval))
-    assert facts["data"] == "python_functions, 5 training examples"
+    assert facts["data"] == "made, 5 training examples"
     assert facts["evaluation"] == "2 queries, 1,234 documents"
     assert facts["precision"] == "bf16 on cpu"
     assert facts["MaxSim"] == "reference, as the kernel needs an NVIDIA GPU, and this runs on cpu"
     assert facts["output"] == config.output_dir
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        # Weights of 1 and 3, the first times the roots of the sizes.
+        (["data.mix_by_size=0.5"], "mix of one 30% of 5, two 70% of 3 training examples; steps of one set each"),
+        (["data.mix_batches=all_sets"], "mix of one 25% of 5, two 75% of 3 training examples; steps of all sets"),
+    ],
+)
+def test_a_mix_is_shown_with_the_shares_and_the_lengths_of_its_sets(
+    overrides: list[str], words: str, encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    config = make_config("trainer.batch_size=3", *overrides)
+    config = replace(config, data=replace(config.data, mix={"one": 1.0, "two": 3.0}))
+    [examples] = make_data().sets
+    short = replace(examples.config, query_length=6, document_prefix="")
+    two = replace(examples.select([2, 3, 4]), name="two", config=short)
+    accelerator, loss = Accelerator(cpu=True), build_loss(config.loss, width=128, maxsim="reference")
+    data = Data([replace(examples, name="one"), two], None)
+    batches = build_batches(config, data.sets, encoder, accelerator)
+    facts = describe_run(config, data, batches, encoder, loss, accelerator)
+    assert facts["data"] == words
+    # Of 4, 5, 6, 9 and 10 tokens two are cut at 8, and of 6, 9 and 10 two at 6.
+    assert facts["queries"].startswith("at most 8 tokens (two 6), which cuts 50% of 8, whose median is 6;")
+    # Of 5, 7, 16, 17 and 17 tokens, and without the marker of 15, 16 and 16.
+    assert facts["documents"].startswith("at most 16 tokens, which cuts 25% of 8, whose median is 16;")
+    assert facts["steps"] == "110, 36.67 epochs"
 
 
 def test_queries_that_rank_their_own_documents_say_so(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
@@ -376,13 +405,4 @@ def test_a_maxsim_that_was_asked_for_stands_without_a_reason(
 
 def test_a_run_that_asks_for_no_score_says_so(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
     config = make_config("data.evaluation_fraction=0")
-    assert describe(encoder, config)["evaluation"] == "none: data.evaluation_fraction=0 holds out no example"
-
-
-def test_a_share_that_holds_nothing_out_of_a_small_set_is_shown_as_it_is(
-    encoder: MultiVectorEncoder, make_config: MakeConfig
-) -> None:
-    config = make_config("data.evaluation_fraction=0.05")
-    line = describe(encoder, config)["evaluation"]
-    assert line.startswith("none: ")
-    assert "data.evaluation_fraction=0.05" in line
+    assert describe(encoder, config)["evaluation"] == "none: data.evaluation_fraction holds out no example"
