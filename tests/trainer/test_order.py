@@ -192,8 +192,8 @@ def test_turns_up_to_a_number_sum_to_it_near_the_shares_and_none_is_taken_back(s
     assert before.sum() == total
     assert (after - before).min() >= 0
     weights = np.array(shares) / sum(shares)
-    # At a moment each has its share of it to within half a turn, and all of them give the moment's number of turns.
-    assert (abs(before - total * weights) <= (1 + weights * (len(weights) - 2)) / 2 + 1e-6).all()
+    # At a moment each has its share of it to within a turn, and the phases leave all of them half a turn a set off.
+    assert (abs(before - total * weights) <= 1 + weights * len(weights) / 2 + 1e-6).all()
 
 
 def test_turns_of_many_steps_are_found_as_fast_as_of_few() -> None:

@@ -120,12 +120,13 @@ def _turns(
 
 
 def _turns_until(total: int, shares: tuple[float, ...]) -> IntArray:
-    """How many of the first `total` turns each set has, when the n-th of a set stands at (n - 1/2) / share: to within
-    one or two of its share, and never fewer of more turns."""
+    """How many of the first `total` turns each set has, and never fewer of more turns: the n-th of a set stands at
+    (n - phase) / share, with another phase for each set, or those of equal share would all come at once."""
     weights = np.array(shares) / sum(shares)
+    phases = (np.argsort(np.argsort(-weights, kind="stable")) + 0.5) / len(weights)
     counts = np.floor(np.maximum((total - len(weights)) * weights - 1, 0)).astype(np.int64)
     while counts.sum() < total:
-        counts[np.argmin((counts + 0.5) / weights)] += 1
+        counts[np.argmin((counts + phases) / weights)] += 1
     return counts
 
 

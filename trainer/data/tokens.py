@@ -1,9 +1,10 @@
 """Texts of one side as tokens: cut and marked once, kept on disk, read from there a batch at a time."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -28,6 +29,8 @@ from trainer.data.tables import IntArray, column
 Task = Literal["query", "document"]
 # What decides, beside the tokenizer's own files, which tokens a text has.
 LIBRARIES = ("sentence-transformers", "transformers", "tokenizers")
+
+END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,13 @@ def _kept_at(texts: Dataset, rows: IntArray | None, transformer: Transformer, op
             if Path(file).is_file():
                 digest.update(Path(file).read_bytes())
     lengths = transformer.query_length, transformer.document_length, transformer.max_seq_length
-    settings = [*options, *lengths, transformer.query_expansion, [version(library) for library in LIBRARIES]]
+    settings = [
+        *options,
+        *lengths,
+        transformer.query_expansion,
+        transformer.processing_kwargs,
+        [version(library) for library in LIBRARIES],
+    ]
     digest.update(json.dumps(settings, default=str).encode())
     digest.update(Path(__file__).read_bytes())
     return Path(datasets.config.HF_DATASETS_CACHE, "lateforge-tokens", f"{digest.hexdigest()[:32]}.arrow")
@@ -200,11 +209,11 @@ def _kept(path: Path, texts: Dataset, preprocess: Any, named: list[str]) -> Data
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if path.is_file():
-                try:
-                    return Dataset.from_file(str(path))
-                except (pa.ArrowInvalid, OSError):
-                    path.unlink()  # the power failed while it was written to the disk
+            with suppress(pa.ArrowInvalid, OSError):
+                kept = Dataset.from_file(str(path))
+                if len(kept) == len(texts) and _ends_whole(path):
+                    return kept
+            path.unlink(missing_ok=True)  # the power failed while it was written to the disk
 
             def tokens(batch: dict[str, list[str]]) -> pa.Table:
                 return _unpadded(preprocess(batch["text"]), named)
@@ -224,6 +233,13 @@ def _kept(path: Path, texts: Dataset, preprocess: Any, named: list[str]) -> Data
             f"the tokens cannot be kept in {path.parent} ({error}): free some space, or name another folder with "
             "HF_DATASETS_CACHE"
         ) from error
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether the last bytes are those that end a stream of Arrow's."""
+    with path.open("rb") as file:
+        file.seek(-len(END), os.SEEK_END)
+        return file.read() == END
 
 
 def _unpadded(features: dict[str, Any], named: list[str]) -> pa.Table:
