@@ -204,7 +204,7 @@ def test_a_run_with_a_teacher_says_what_it_does_and_logs_each_part(tiny_bert: Pa
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     lines = lines_of(done)
-    assert "data distillation, 6 training examples" in lines
+    assert "data set, 6 training examples" in lines
     # Of rows 6 and 7: "the cat meows", "a dog", "a fish swims", "the dog barks", "a fish".
     assert "evaluation 2 queries, 5 documents, each query's own re-ranked" in lines
     assert "documents a query its positive and 1 more, drawn from up to 2 anew each epoch" in lines
@@ -313,8 +313,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_examples(
         (["loss.temperature=0.5"], "loss.temperature is no key; the nearest is loss.contrastive.temperature "),
         (
             ["data=pairs", "data.path=mine.jsonl", "loss=distillation"],
-            "loss.terms.distillation=1 needs teacher scores; data=pairs has the columns query, positive: "
-            "use data=distillation data.path=..., or set it to 0",
+            "loss.terms.distillation=1 needs teacher scores, and data=pairs has none: "
+            "use data=scored, distillation_ids or stanford, or set it to 0",
         ),
         (
             ["optimizer.groups=[{patern:head.*}]"],
@@ -354,13 +354,21 @@ def test_a_mistake_in_the_config_gets_one_line_and_leaves_nothing(
     [
         ("", [], "{path} holds no example: give a file with"),
         ('{"query": "a", "positive": "b"}\n{"query": "a", \n', [], "{path}:2 is no JSON ("),
-        ('{"query": "a", "positive": "b"}\n\n{"query": " ", "positive": "b"}\n', [], "{path}:3: query is empty"),
-        ('{"query": "a", "positive": "b"}\n{"query": "a"}\n', [], "{path}:2: positive is empty"),
+        (
+            '{"query": "a", "positive": "b"}\n\n{"query": " ", "positive": "b"}\n',
+            [],
+            "1 of 2 examples of {path} have an empty text, first {path}:3, more than data.max_empty=0.01",
+        ),
+        (
+            '{"query": "a", "positive": "b"}\n{"query": "a"}\n',
+            [],
+            "1 of 2 examples of {path} have an empty text, first {path}:2, more than data.max_empty=0.01",
+        ),
         ('{"query": "a", "positive": 3}\n', [], "{path}:1: positive=3 must be a text"),
         (
             '{"question": "a", "positive": "b"}\n',
             [],
-            "data.query_column=query: {path} has the columns question, positive: name the right one with data.query_c",
+            "data.query_column=query: {path} has the columns question, positive: name one with data.query_c",
         ),
         (
             "".join(f'{{"query": "a{row}", "positive": "b"}}\n' for row in range(5)),
