@@ -12,10 +12,14 @@ from configs.schema import ConfigError, SetConfig, assignment
 def with_sets(composed: DictConfig) -> DictConfig:
     """The config with `data.sets` filled in, so that a saved one says all. Hydra must have been set up.
 
-    Raises ConfigError where a set is no member of data.
+    Raises ConfigError where a set is no member of data, or not in the mix.
     """
     data = OmegaConf.to_container(composed.data)
     assert isinstance(data, dict)
+    if set(data["sets"]) - set(data["mix"]):
+        raise ConfigError(
+            f"data.sets has {', '.join(data['sets'])} and data.mix {', '.join(data['mix'])}: name the same"
+        )
     keys = {field.name for field in fields(SetConfig)}
     sets = {}
     for name in data["mix"]:

@@ -21,6 +21,8 @@ EXAMPLES = (
 )
 # What follows from backbone and data, and what `accelerate launch` reads.
 NO_GROUPS = ("pairing", "accelerate")
+# What others extend.
+NO_MEMBERS = ("base",)
 
 
 def help_text(configs: Path) -> str:
@@ -45,6 +47,7 @@ def groups(configs: Path) -> dict[str, dict[str, str]]:
         folder.name: {
             member.relative_to(folder).with_suffix("").as_posix(): first_comment(member)
             for member in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
+            if member.stem not in NO_MEMBERS
         }
         for folder in sorted(configs.iterdir())
         if any(folder.glob("*.yaml")) and folder.name not in NO_GROUPS

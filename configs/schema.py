@@ -853,7 +853,8 @@ def _set_problems(key: str, data: SetConfig) -> Iterator[str]:
                 remedy = "use data=pairs for files of your own"
             yield f"{name}={_shown(value)} has no effect on data={data.format.name}: {remedy}"
         if field.name in READS[data.format] - _MAY_BE_NULL and value is None:
-            yield f"{name}=null: data={data.format.name} needs it{_EXAMPLES.get(field.name, '')}"
+            example = f", as in {name}={_EXAMPLES[field.name]}" if field.name in _EXAMPLES else ""
+            yield f"{name}=null: data={data.format.name} needs it{example}"
     if data.format in (DataFormat.beir, DataFormat.distillation_ids) and data.split is None:
         what = "qrels/<split>.tsv" if data.format is DataFormat.beir else "a file of its folder"
         yield f"{key}.split=null: data={data.format.name} reads {what}: name it, as in {key}.split=train"
@@ -879,9 +880,9 @@ def _set_problems(key: str, data: SetConfig) -> Iterator[str]:
 
 
 _EXAMPLES = {
-    "path": ", as in data.path=mine.jsonl, a folder or owner/name",
-    "queries_path": ", as in data.queries_path=queries.tsv",
-    "documents_path": ", as in data.documents_path=collection.tsv",
+    "path": "mine.jsonl, a folder or owner/name",
+    "queries_path": "queries.tsv",
+    "documents_path": "collection.tsv",
 }
 
 
