@@ -276,8 +276,9 @@ def compute_gradient(
         if isinstance(encoder, GradCache):
             encoder.replay(accelerator, list(loss.learnt.parameters()), synchronise=last)
         values = values.detach()
-        places = torch.tensor([place.set for place in batch.places], device=values.device)
-        of_sets.index_add_(1, places, torch.stack([values.float(), torch.ones_like(values, dtype=torch.float32)]))
+        if sets > 1:
+            places = torch.tensor([place.set for place in batch.places], device=values.device)
+            of_sets.index_add_(1, places, torch.stack([values.float(), torch.ones_like(values, dtype=torch.float32)]))
         for name, part in {"loss": values.mean(), **parts}.items():
             logged[name] = logged.get(name, 0.0) + part * batch.share
     numbers = torch.cat([torch.stack(list(logged.values())), of_sets.flatten()]).tolist()

@@ -16,12 +16,11 @@ from losses.maxsim import check_kernel, choose_backend
 from trainer.data import Data
 from trainer.data.batches import choose_documents
 from trainer.data.order import count_steps_per_epoch
+from trainer.data.scores import ONE_HOT, is_one_hot
 from trainer.data.tables import TrainingSet
 
 # Queries whose teacher is looked at, evenly over the data.
 TEACHER_SAMPLE = 10_000
-# A teacher's distribution is one document's where that has more than this share.
-ONE_HOT = 0.99
 
 
 def check_batch(config: Config, data: Data, processes: int) -> None:
@@ -112,8 +111,7 @@ def _check_teacher(config: Config, examples: TrainingSet, index: int, *, query_l
         temperature = loss.distillation.teacher_temperature
         deviation = np.median([scores.std() for scores in taught])
         complain(
-            # The largest of a softmax is one over the sum of all relative to it.
-            [1 / np.exp((scores - scores.max()) / temperature).sum() > ONE_HOT for scores in taught],
+            [is_one_hot(scores, temperature) for scores in taught],
             f"loss.distillation.teacher_temperature={temperature:g} leaves one document more than {ONE_HOT:.0%}",
             f"raise it; the scores of a query have a standard deviation of {deviation:.3g}",
         )

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from configs.schema import Config, ConfigError, DataConfig, parse_config
 from tests.conftest import ROOT
 from trainer.data import load_data
-from trainer.data.tables import TrainingSet
+from trainer.data.tables import TrainingSet, identity
 
 # Keys without which a member is no config yet.
 NEEDED = {
@@ -70,3 +70,18 @@ def texts(examples: TrainingSet) -> list[tuple[str, list[str]]]:
 
 def with_scores(examples: TrainingSet) -> list[tuple[str, list[str], list[float]]]:
     return [(example["query"], example["documents"], example["scores"]) for example in every_example(examples)]
+
+
+def as_example(
+    place: str, query: str, documents: list[str], *, positives: int = 1, scores: Sequence[float] = ()
+) -> dict[str, Any]:
+    """What `TrainingSet.example` gives of these texts."""
+    return {
+        "query": query,
+        "query_identity": identity(query),
+        "documents": documents,
+        "document_identities": [identity(text) for text in documents],
+        "positives": positives,
+        "scores": list(scores),
+        "place": place,
+    }

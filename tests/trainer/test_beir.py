@@ -7,10 +7,19 @@ from typing import Any
 import pytest
 
 from configs.schema import Negatives
-from tests.trainer.datafiles import error_of, every_example, json_lines, make_set_config, texts, train_set, write
+from tests.trainer.datafiles import (
+    as_example,
+    error_of,
+    every_example,
+    json_lines,
+    make_set_config,
+    texts,
+    train_set,
+    write,
+)
 from trainer.data import load_data
 from trainer.data.retrieval import RetrievalSet
-from trainer.data.tables import TrainingSet, identity
+from trainer.data.tables import TrainingSet
 
 QUERIES = [
     {"_id": "q1", "text": "what barks"},
@@ -66,15 +75,7 @@ EXPECTED = [("what swims", ["A fish swims.", "A whale swims."]), ("what barks", 
 def test_a_query_has_all_its_answers_where_its_first_judgement_stands(folder: Path) -> None:
     examples = examples_of(folder)
     assert every_example(examples) == [
-        {
-            "query": query,
-            "query_identity": identity(query),
-            "documents": documents,
-            "document_identities": [identity(text) for text in documents],
-            "positives": len(documents),
-            "scores": [],
-            "place": f"{folder}/qrels/train.tsv:{line}",
-        }
+        as_example(f"{folder}/qrels/train.tsv:{line}", query, documents, positives=len(documents))
         for line, (query, documents) in zip((2, 3), EXPECTED, strict=True)
     ]
     assert examples.warnings == ()

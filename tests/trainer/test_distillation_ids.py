@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from configs.schema import Positive
 from tests.trainer.datafiles import (
+    as_example,
     error_of,
     every_example,
     json_lines,
@@ -64,15 +65,7 @@ def error(folder: Path, **changes: Any) -> str:
 def test_documents_go_from_the_highest_score_to_the_lowest_each_with_its_identity(folder: Path) -> None:
     examples = examples_of(folder)
     assert every_example(examples) == [
-        {
-            "query": query,
-            "query_identity": identity(query),
-            "documents": documents,
-            "document_identities": [identity(text) for text in documents],
-            "positives": 1,
-            "scores": scores,
-            "place": f"{folder}/train.jsonl:{line}",
-        }
+        as_example(f"{folder}/train.jsonl:{line}", query, documents, scores=scores)
         for line, (query, documents, scores) in enumerate(EXPECTED, start=1)
     ]
     assert examples.has_teacher

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.datafiles import (
+    as_example,
     error_of,
     every_example,
     json_lines,
@@ -17,7 +18,7 @@ from tests.trainer.datafiles import (
     with_scores,
 )
 from trainer.data import load_data
-from trainer.data.tables import TrainingSet, identity
+from trainer.data.tables import TrainingSet
 
 QUERIES = "1\twhat barks\n2\twhat swims\n"
 COLLECTION = "0\ta dog\n1\ta fish\n2\ta cat\n3\ta whale\n"
@@ -58,15 +59,7 @@ def error(folder: Path, **changes: Any) -> str:
 def test_a_triple_is_a_query_a_positive_and_any_number_of_negatives(folder: Path) -> None:
     examples = examples_of(folder)
     assert every_example(examples) == [
-        {
-            "query": query,
-            "query_identity": identity(query),
-            "documents": documents,
-            "document_identities": [identity(text) for text in documents],
-            "positives": 1,
-            "scores": [],
-            "place": f"{folder}/triples.jsonl:{line}",
-        }
+        as_example(f"{folder}/triples.jsonl:{line}", query, documents)
         for line, (query, documents) in enumerate(EXPECTED, start=1)
     ]
     assert not examples.has_teacher

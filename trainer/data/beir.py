@@ -30,7 +30,9 @@ from trainer.data.tables import (
 
 # Of the judgements, the share that may name texts that are not there: published sets have a few.
 UNKNOWN = 0.05
-UNKNOWN_JUDGEMENTS = Features({"count": Value("int64"), "place": Value("string"), "what": Value("string")})
+UNKNOWN_JUDGEMENTS = Features(
+    {"count": Value("int64"), "total": Value("int64"), "place": Value("string"), "what": Value("string")}
+)
 
 
 def load(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet | None]:
@@ -48,20 +50,22 @@ def load(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet | None
     if config.run_path is not None:
         run = find("data.run_path", config.run_path, config.root)
     sources = [Source((qrels,)), queries, corpus, *([Source((run,))] if run else [])]
+    unknown = _left_out(qrels, queries, corpus)
     assert config.positive_grade is not None, "parse_config asks for data.positive_grade"
     table = kept_table(_examples, sources, [config.positive_grade, config.negatives], features=EXAMPLES)
     query_texts, document_texts = _queries(queries), _corpus(corpus)
-    warnings = [*empty_texts(query_texts, queries), *empty_texts(document_texts, corpus)]
-    warnings += _left_out(qrels, queries, corpus)
+    warnings = [*empty_texts(query_texts, queries), *empty_texts(document_texts, corpus), *unknown]
     examples = TrainingSet(name, config, query_texts, document_texts, table, tuple(warnings))
     examples = without_empty(examples, Source((qrels,)))
     if config.evaluation_split is not None:
         asked = _qrels(folder, "data.evaluation_split", config.evaluation_split)
+        unknown = _left_out(asked, queries, corpus)
         grades = _judgements(asked, queries, corpus)
         if not grades:
             raise ConfigError(f"{asked} has no query with a text and a document of grade 1 or more to be scored on")
-        warnings = [*examples.warnings, *_left_out(asked, queries, corpus)]
-        return replace(examples, warnings=tuple(warnings)), _retrieval(grades, query_texts, document_texts)
+        return replace(examples, warnings=(*examples.warnings, *unknown)), _retrieval(
+            grades, query_texts, document_texts
+        )
     examples, held_out = hold_out(examples, config.evaluation_fraction or 0)
     if held_out is None:
         return examples, None
@@ -95,76 +99,73 @@ def _retrieval(grades: dict[int, dict[int, int]], queries: Any, corpus: Any) -> 
     )
 
 
+def _indexes(queries: Source, corpus: Source) -> tuple[Index, Index]:
+    return (
+        Index(_queries(queries), queries, "query-id", "_id"),
+        Index(_corpus(corpus), corpus, "corpus-id", "_id"),
+    )
+
+
 def _judgements(qrels: Path, queries: Source, corpus: Source) -> dict[int, dict[int, int]]:
     """Grade by row of the corpus by row of the queries, of queries that have a text and an answer."""
     grades: dict[int, dict[int, int]] = {}
-    for _, query, document, grade in _known(qrels, queries, corpus):
+    query_index, document_index = _indexes(queries, corpus)
+    for _, query, document, grade in _known(qrels, query_index, document_index):
         grades.setdefault(query, {})[document] = grade
-    index = Index(_queries(queries), queries, "query-id", "_id")
     return {
         query: own
         for query, own in grades.items()
-        if any(grade > 0 for grade in own.values()) and not index.is_empty(query)
+        if any(grade > 0 for grade in own.values()) and not query_index.is_empty(query)
     }
 
 
-def _known(qrels: Path, queries: Source, corpus: Source) -> Iterator[tuple[str, int, int, int]]:
+def _known(qrels: Path, queries: Index, corpus: Index) -> Iterator[tuple[str, int, int, int]]:
     """Yield the judgements of texts that are there, as place, rows and grade."""
-    query_index = Index(_queries(queries), queries, "query-id", "_id")
-    document_index = Index(_corpus(corpus), corpus, "corpus-id", "_id")
-    unknown, total = 0, 0
     judged: dict[tuple[str, str], int] = {}
     for place, query, document, grade in _rows(qrels):
-        total += 1
         before = judged.setdefault((query, document), grade)
         if before != grade:
             raise ConfigError(
                 f"{place}: query-id={query} corpus-id={document} has grade {grade} here and {before} before: remove one"
             )
-        rows = query_index.get(query), document_index.get(document)
-        if rows[0] is None or rows[1] is None:
-            unknown += 1
-            continue
-        yield place, rows[0], rows[1], grade
-    if not total:
-        raise ConfigError(f"{qrels} holds no judgement: give query-id, corpus-id and score in each row")
-    if unknown > UNKNOWN * total:
-        first = _unknown_judgements(qrels, queries, corpus)
-        raise ConfigError(
-            f"{first['place']}: {first['what']}, and so in {unknown:,} of {total:,} judgements, more than "
-            f"{UNKNOWN:.0%}: are these the judgements of this corpus?"
-        )
+        rows = queries.get(query), corpus.get(document)
+        if rows[0] is not None and rows[1] is not None:
+            yield place, rows[0], rows[1], grade
 
 
-def _left_out(qrels: Path, queries: Source, corpus: Source) -> Iterator[str]:
-    """A warning where judgements are of texts that are not there."""
-    unknown = _unknown_judgements(qrels, queries, corpus)
-    if unknown["count"]:
-        yield (
-            f"{unknown['count']:,} judgements of {qrels} are of no text, first {unknown['place']}: {unknown['what']}; "
-            "left out"
-        )
-
-
-def _unknown_judgements(qrels: Path, queries: Source, corpus: Source) -> dict[str, Any]:
+def _left_out(qrels: Path, queries: Source, corpus: Source) -> list[str]:
+    """A warning where judgements are of texts that are not there. Raises ConfigError where these are too many."""
     sources = [Source((qrels,)), queries, corpus]
-    found: dict[str, Any] = kept_table(_unknown, sources, [], features=UNKNOWN_JUDGEMENTS)[0]
-    return found
+    [unknown] = kept_table(_unknown, sources, [], features=UNKNOWN_JUDGEMENTS)
+    if not unknown["total"]:
+        raise ConfigError(f"{qrels} holds no judgement: give query-id, corpus-id and score in each row")
+    if unknown["count"] > UNKNOWN * unknown["total"]:
+        raise ConfigError(
+            f"{unknown['place']}: {unknown['what']}, and so in {unknown['count']:,} of {unknown['total']:,} "
+            f"judgements, more than {UNKNOWN:.0%}: are these the judgements of this corpus?"
+        )
+    if not unknown["count"]:
+        return []
+    return [
+        f"{unknown['count']:,} judgements of {qrels} are of no text, first {unknown['place']}: {unknown['what']}; "
+        "left out"
+    ]
 
 
 def _unknown(qrels: Source, queries: Source, corpus: Source) -> Iterator[dict[str, Any]]:
-    """Yield one row: how many judgements are of a text that is not there, and of the first, where it stands and why."""
-    query_index = Index(_queries(queries), queries, "query-id", "_id")
-    document_index = Index(_corpus(corpus), corpus, "corpus-id", "_id")
-    count, first = 0, {"place": "", "what": ""}
+    """Yield one row: how many judgements there are, how many of a text that is not there, and of the first of these,
+    where it stands and why."""
+    query_index, document_index = _indexes(queries, corpus)
+    count, total, first = 0, 0, {"place": "", "what": ""}
     for place, query, document, _ in _rows(qrels.files[0]):
+        total += 1
         row = query_index.get(query)
         if row is not None and document_index.get(document) is not None:
             continue
         name, key, index = ("query-id", query, query_index) if row is None else ("corpus-id", document, document_index)
         first = first if count else {"place": place, "what": f"{name}={key} is not in {index.source}"}
         count += 1
-    yield {"count": count, **first}
+    yield {"count": count, "total": total, **first}
 
 
 def _rows(qrels: Path) -> Iterator[tuple[str, str, str, int]]:
@@ -184,14 +185,10 @@ def _rows(qrels: Path) -> Iterator[tuple[str, str, str, int]]:
 def _examples(qrels: Source, queries: Source, corpus: Source, *rest: Any) -> Iterator[dict[str, Any]]:
     """Yield an example of each query that a document answers; of an empty text, none."""
     *run, positive_grade, negatives = rest
-    query_texts, document_texts = _queries(queries), _corpus(corpus)
-    query_index, document_index = (
-        Index(query_texts, queries, "query-id", "_id"),
-        Index(document_texts, corpus, "corpus-id", "_id"),
-    )
+    query_index, document_index = _indexes(queries, corpus)
     judged: dict[int, dict[int, int]] = {}
     places: dict[int, str] = {}
-    for place, query, document, grade in _known(qrels.files[0], queries, corpus):
+    for place, query, document, grade in _known(qrels.files[0], query_index, document_index):
         judged.setdefault(query, {})[document] = grade
         places.setdefault(query, place)
     ranked = _ranking(run[0].files[0], query_index, document_index) if run else {}

@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 from configs.schema import Config
 from trainer.data import Data
 from trainer.data.retrieval import RetrievalSet
-from trainer.data.tables import IntArray, TrainingSet, column, normalised
+from trainer.data.scores import is_one_hot
+from trainer.data.tables import IntArray, TrainingSet, column, normalised, sorted_pairs
 
 # Texts of a side of a set that are tokenised, evenly over the data; queries whose scores are looked at.
 SAMPLE = 5_000
@@ -37,7 +38,7 @@ def _repeated(examples: TrainingSet) -> int:
     """Examples whose query and first positive stand in one before."""
     queries = column(examples.queries, "identity")[column(examples.examples, "query")]
     documents = column(examples.documents, "identity")[examples.first_documents()]
-    return len(examples) - len(np.unique(np.stack([queries, documents]), axis=1).T)
+    return len(examples) - len(sorted_pairs(queries, documents)[0])
 
 
 def _asked(examples: TrainingSet, evaluation: RetrievalSet) -> int:
@@ -104,7 +105,7 @@ def _scores(config: Config, examples: TrainingSet) -> str:
     scores = [np.array(own) for own in examples.examples.select(_evenly(examples, SAMPLE))["scores"]]
     every = np.concatenate(scores)
     temperature = config.loss.distillation.teacher_temperature
-    one_hot = np.mean([1 / np.exp((own - own.max()) / temperature).sum() > 0.99 for own in scores])
+    one_hot = np.mean([is_one_hot(own, temperature) for own in scores])
     return (
         f"{every.min():g} to {every.max():g}, of a query with a standard deviation of "
         f"{np.median([own.std() for own in scores]):.3g}; {np.mean([np.ptp(own) == 0 for own in scores]):.1%} all the "

@@ -5,10 +5,14 @@ import json
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
 from configs.schema import ConfigError, Positive
 
 # The largest number of float32, in which losses are computed.
 LARGEST = 3.4028234663852886e38
+# A teacher's distribution is one document's where that has more than this share.
+ONE_HOT = 0.99
 
 
 def listed(place: str, name: str, value: Any) -> list[Any]:
@@ -29,6 +33,12 @@ def checked_score(place: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         raise ConfigError(f"{place}: scores holds {value!r:.40}, which must be a finite number")
     return float(value)
+
+
+def is_one_hot(scores: "np.ndarray[tuple[int], np.dtype[np.float64]]", temperature: float) -> bool:
+    """Whether the softmax of a query's scores leaves one document nearly all."""
+    # The largest of a softmax is one over the sum of all relative to it.
+    return bool(1 / np.exp((scores - scores.max()) / temperature).sum() > ONE_HOT)
 
 
 def ranked(
