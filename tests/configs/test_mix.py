@@ -118,7 +118,13 @@ PAIRS = ("data=pairs", "data.path=mine.jsonl")
         # Sets that are none.
         (
             ["data.mix={medquad: 1, medquat: 1}"],
-            "data.mix.medquat: medquat is no member of data: `python train.py --help` lists them",
+            "data.mix.medquat: medquat is no member of data: `python train.py --help` lists them; "
+            "data.sets.medquat.member=pairs makes medquat a set of that format",
+        ),
+        (
+            ["data.mix={mine: 1}", "data.sets.mine.member=pears"],
+            "data.sets.mine.member: pears is no member of data: `python train.py --help` lists them; "
+            "data.sets.mine.member=pairs makes mine a set of that format",
         ),
         (["data.mix={medquad: 1, mix: 1}"], "data.mix.mix is a mix itself: name the sets that it is made of"),
         (
@@ -193,6 +199,19 @@ def test_a_member_without_a_path_takes_it_from_its_set(make: Make) -> None:
     config = make("data.mix={pairs: 1, lfrqa: 3}", "data.sets.pairs.path=mine.jsonl")
     assert config.data.sets["pairs"].path == "mine.jsonl"
     assert refused(make, "data.mix={pairs: 1, lfrqa: 3}").startswith("data.sets.pairs.path=null: data=pairs needs it")
+
+
+def test_sets_of_one_member_have_names_of_their_own(make: Make) -> None:
+    config = make(
+        "data.mix={first: 1, second: 3}",
+        *(f"data.sets.{name}.{key}" for name in ("first", "second") for key in ("member=pairs", f"path={name}.jsonl")),
+        "data.sets.second.document_length=9",
+    )
+    pairs = make("data=pairs", "data.path=none").data
+    assert config.data.sets == {
+        "first": as_set(pairs, path="first.jsonl"),
+        "second": as_set(pairs, path="second.jsonl", document_length=9),
+    }
 
 
 @pytest.mark.parametrize(
