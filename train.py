@@ -179,6 +179,8 @@ def sweep_folder(typed: list[str]) -> tuple[Path, list[str]]:
             named = str(override.value())
         if override.is_sweep_override():
             swept.append(key.split(".")[-1])
+        elif key == "experiment":  # which may say what is swept
+            swept.append(str(override.value()))
         if not key.startswith(("hydra", "sweep.", "tracker")):
             hashed.append(str(override.input_line))
     if named is not None:
