@@ -117,10 +117,13 @@ class TrainingSet:
 def sorted_pairs(ones: IntArray, others: IntArray) -> tuple[IntArray, IntArray]:
     """The pairs in order, each once; two arrays and no table of them, which would be held twice."""
     order = np.lexsort((others, ones))
-    ones, others = ones[order], others[order]
+    # One after the other, and let go: of a million pairs each array is 8 MB.
+    ones = ones[order]
+    others = others[order]
+    del order
     is_new = np.ones(len(ones), dtype=bool)
     is_new[1:] = (ones[1:] != ones[:-1]) | (others[1:] != others[:-1])
-    return ones[is_new], others[is_new]
+    return (ones, others) if is_new.all() else (ones[is_new], others[is_new])
 
 
 def _named(texts: int, rows: IntArray) -> IntArray:
