@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 import train
+from configs.mix import with_sets
 from configs.schema import Config, parse_config
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,7 @@ def make_config(tiny_bert: Path, tmp_path: Path) -> Callable[..., Config]:
     def make(*overrides: str) -> Config:
         ConfigStore.instance().store("schema", Config)
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            return parse_config(compose("train", [*tiny_overrides(tiny_bert, tmp_path), *overrides]))
+            return parse_config(with_sets(compose("train", [*tiny_overrides(tiny_bert, tmp_path), *overrides])))
 
     return make
 
