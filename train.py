@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -33,6 +32,7 @@ from yaml import YAMLError
 from configs.mix import with_sets
 from configs.reference import explain_composition, help_text
 from configs.schema import Config, ConfigError, Mode, TrackerName, assignment, changed_keys, parse_config
+from trainer.console import fail
 
 if TYPE_CHECKING:
     from architectures.layouts import Checkpoint
@@ -57,18 +57,18 @@ def main(arguments: list[str]) -> int:
             return run_sweep(arguments)
         _hydra(arguments)
     except ConfigError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(explain_composition(error, CONFIGS))
+        return fail(explain_composition(error, CONFIGS))
     except ValueError as error:
         # How Hydra answers -m --cfg job, and head=null.
         if str(error).startswith("Only one of"):
-            return _fail(str(error))
+            return fail(str(error))
         if not str(error).startswith("Config group override"):
             raise
-        return _fail(f"{' '.join(arguments)}: a group takes the name of a member; `python train.py --help` lists them")
+        return fail(f"{' '.join(arguments)}: a group takes the name of a member; `python train.py --help` lists them")
     except YAMLError as error:
-        return _fail(f"a config file is no YAML: {' '.join(str(error).split())}")
+        return fail(f"a config file is no YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -104,7 +104,7 @@ def _task(composed: DictConfig) -> float | None:
     try:
         status = run(parse_config(with_sets(composed)))
     except ConfigError as error:
-        status = _fail(str(error))
+        status = fail(str(error))
     if status:
         raise SystemExit(status)
     return None
@@ -161,7 +161,7 @@ def run_sweep(arguments: list[str]) -> int:
         print(f"{len(unfinished)} of {len(jobs)} jobs did not finish; the same command goes on", file=sys.stderr)
     if len(unfinished) == len(jobs):
         errors = [job.error for job in unfinished if job.error]
-        return _fail(errors[0] if errors else "there is no job to run, or each was stopped", status=1)
+        return fail(errors[0] if errors else "there is no job to run, or each was stopped", status=1)
     return 0
 
 
@@ -338,7 +338,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
                 folder.write_card(Path(path).name, card)
         print_end(console, result, loading=next(iter(loading_lines(encoder, result["model"]).values())))
     except TrainingError as error:
-        return _fail(str(error), status=1)
+        return fail(str(error), status=1)
     except Stopped as stop:
         if main_process:
             print(stop, file=sys.stderr)
@@ -355,16 +355,8 @@ def check_data(config: Config, checkpoint: "Checkpoint") -> int:
 
     errors = check_run(config, checkpoint.source, checkpoint.settings, make_console())
     for error in errors:
-        _fail(error)
+        fail(error)
     return 2 if errors else 0
-
-
-def _fail(message: str, *, status: int = 2) -> int:
-    # Of several processes of a machine, all of which find most mistakes, the first says them and the launcher ends all.
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(30)
-    print(f"error: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -133,8 +133,8 @@ class TrackerName(Enum):
     wandb = "wandb"
 
 
-# Metrics by the name that users read; the values are the names of ir-measures.
-Metric = Enum("Metric", {"ndcg@10": "nDCG@10", "mrr@10": "RR@10", "map": "AP", "recall@100": "R@100"})
+# Metrics by the name that users read; the values are trec_eval's own names.
+Metric = Enum("Metric", {"ndcg@10": "ndcg_cut_10", "mrr@10": "recip_rank", "map": "map", "recall@100": "recall_100"})
 
 
 @dataclass
@@ -264,6 +264,9 @@ class SetConfig:
     """beir: a ranking in TREC's format (query, Q0, document, rank, score, name)."""
     positive_grade: int | None
     """beir: lowest grade of a document that answers a query."""
+    ignore_identical_ids: bool | None
+    """beir: whether a document with the id of a query is that query itself, which it is then not ranked for, as
+    published figures of ArguAna and Quora have it."""
     max_empty: float | None
     """Share of the examples that may have an empty text: these are left out and counted; above it that is an error."""
     documents_per_query: int | None
@@ -428,7 +431,8 @@ class TrainerConfig:
     accumulation_steps: int
     """Micro-batches that an optimiser step is cut into; queries of one do not meet the documents of another."""
     precision: Precision
-    """Precision of the forward and backward pass; weights and sums stay float32."""
+    """Precision of the forward and backward pass, and in which the evaluation encodes; weights and sums stay
+    float32."""
     maxsim: MaxSimBackend
     """Which MaxSim computes the scores: auto takes the CUDA kernel where it can run, else the reference."""
     max_gradient_norm: float | None
@@ -786,7 +790,9 @@ _HUB = {"subset", "revision"}
 READS = {
     DataFormat.pairs: _FILES | _HUB | {"query_column", "positive_column", "negative_columns"},
     DataFormat.scored: _FILES | _HUB | {"query_column", "documents_column", "scores_column", "positive"},
-    DataFormat.beir: {"path", "split", "evaluation_split", "negatives", "run_path", "positive_grade"},
+    DataFormat.beir: {
+        *("path", "split", "evaluation_split", "negatives", "run_path", "positive_grade", "ignore_identical_ids")
+    },
     DataFormat.distillation_ids: _FILES | _HUB | {"positive"},
     DataFormat.stanford: {"path", "queries_path", "documents_path", "evaluation_path"},
     DataFormat.python_functions: set[str](),

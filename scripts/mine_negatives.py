@@ -63,7 +63,7 @@ class Options:
     batch_size: int = 32
     """Texts encoded at once."""
     block: int = BLOCK_DOCUMENTS
-    """Documents whose vectors are held at once."""
+    """Texts of documents whose vectors are held at once."""
     overwrite: bool = False
 
 
@@ -178,21 +178,14 @@ def mined_rows(
         positives[str(query)].append(str(document))
 
     def scored(candidates: dict[str, list[str]] | None, depth: int) -> Scores:
-        asked = RetrievalSet(queries, corpus, judgements={}, candidates=candidates)
-        if candidates is not None:  # of the texts, those that rank or are ranked
-            named = {document for own in candidates.values() for document in own}
-            asked = RetrievalSet(
-                {key: queries[key] for key in candidates},
-                {key: corpus[key] for key in corpus if key in named},
-                {},
-                candidates,
-            )
+        asking = queries if candidates is None else {key: queries[key] for key in candidates}
+        asked = RetrievalSet(asking, corpus, judgements={}, candidates=candidates)
         if not asked.queries:
             return {}
         [ranking] = rank(
             encoder, asked, batch_size=options.batch_size, widths=(), depth=depth, block_documents=options.block
         ).values()
-        return ranking
+        return dict(ranking)
 
     candidates = bm25(queries, corpus, options.top) if options.candidates == "bm25" else None
     found = {query: dict[str, float]() for query in queries} | scored(candidates, options.top)

@@ -32,7 +32,11 @@ def load_model(name: str, *overrides: str) -> MultiVectorEncoder:
 
     Raises ConfigError as a run does.
     """
-    config = compose_config(name, *overrides)
+    return build_model(compose_config(name, *overrides))
+
+
+def build_model(config: Config) -> MultiVectorEncoder:
+    """What `load_model` builds, of a config."""
     # What these warn of, the caller says in figures.
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()

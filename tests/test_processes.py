@@ -346,7 +346,7 @@ def test_an_unknown_key_under_torchrun_gets_one_line(run_with: Callable[..., Run
 def test_accelerate_launch_on_cpus_that_starts_one_process_of_two_is_refused(run_with: Callable[..., Run]) -> None:
     ours = run_with(accelerate_launch("--cpu", "--num_processes", "2"))
     assert errors(ours.done) == [
-        "several processes were asked for and each would train by itself: on GPUs, accelerate launch --multi_gpu "
+        "several processes were asked for and each would run by itself: on GPUs, accelerate launch --multi_gpu "
         "--num_processes 2 train.py ...; without, ACCELERATE_USE_CPU=true before the same command, "
         "or torchrun --nproc_per_node 2 train.py ...; for one process, unset MASTER_ADDR"
     ]

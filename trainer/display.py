@@ -1,6 +1,8 @@
 """What a person reads: the start-up table, the progress of a run, and its end."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
@@ -64,6 +66,26 @@ def print_end(console: Console, result: dict[str, Any], *, loading: str) -> None
         console.print(f"    {line}")
 
 
+@contextmanager
+def counting(console: Console, what: str, *, line_seconds: float = 30.0) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that is told how many of how many are done, and shows it: on a terminal as a bar, which may
+    stand beside another, elsewhere as a line every line_seconds."""
+    started = said = time.monotonic()
+    columns = TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            nonlocal said
+            bar.update(task, completed=done, total=total)
+            now = time.monotonic()
+            if bar.disable and now - said >= line_seconds:
+                said = now
+                console.print(f"{what}  {done:,} of {total:,}  {_minutes((now - started) * (total / done - 1))} left")
+
+        yield show
+
+
 class ProgressDisplay:
     """A bar on a terminal; elsewhere a line every few steps."""
 
@@ -103,14 +125,18 @@ class ProgressDisplay:
         # Two lines fit a terminal of 80 columns.
         self._bar.update(self._task, completed=step, status=f"{quality}  {padding}\n{speed}")
         if self._bar.disable and (step % self._log_every_steps == 0 or step in (1, self._steps)):
-            minutes, seconds = divmod(round(seconds_left), 60)
             self._console.print(
-                f"step {step}/{self._steps}  {quality}  {speed}  {padding}  {minutes}:{seconds:02d} left"
+                f"step {step}/{self._steps}  {quality}  {speed}  {padding}  {_minutes(seconds_left)} left"
             )
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._console.print(line)
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
 
 
 def _terms(metrics: dict[str, float]) -> str:

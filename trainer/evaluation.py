@@ -1,35 +1,76 @@
-"""Rank a corpus for every query, exactly, each process a part of it, and score the rankings."""
+"""Rank a corpus for every query, exactly, each process a part of it, and score the rankings.
 
-import math
-from collections.abc import Iterable, Sequence
+What is encoded together is the same on any number of processes, and so is, to the last bit, what is found.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from sentence_transformers import MultiVectorEncoder
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from configs.schema import ConfigError
 from losses.gather import gather_texts
 from losses.matryoshka import cut
 from losses.maxsim import maxsim
-from trainer.data.order import bounds
 from trainer.data.retrieval import RetrievalSet
 from trainer.metrics import DEPTH, score_rankings
 
-# Documents whose vectors are held at once.
-BLOCK_DOCUMENTS = 2048
+# Texts of documents whose vectors are held at once.
+BLOCK_DOCUMENTS = 512
+# Queries whose best documents the processes exchange at once.
+EXCHANGED_QUERIES = 1024
+# The key of no document, below that of any score.
+NOTHING = torch.iinfo(torch.int64).min
+
+Progress = Callable[[int, int], None]
+"""Told how many texts of documents this process has ranked, of how many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking(Mapping[str, dict[str, float]]):
+    """Score of each query's best documents, best first, by document id, by query id.
+
+    A query becomes a dictionary when it is asked for: all of them would take 100 bytes a score.
+    """
+
+    query_rows: dict[str, int]
+    """By query id."""
+    document_ids: Sequence[str]
+    """Of all documents that were ranked."""
+    keys: Tensor
+    """(Q, K) int64, falling: score and row of a document, as `_keys` makes them."""
+
+    def __getitem__(self, query: str) -> dict[str, float]:
+        keys = self.keys[self.query_rows[query]]
+        scores, rows = _scores_and_rows(keys[keys != NOTHING])
+        return {self.document_ids[row]: score for score, row in zip(scores.tolist(), rows.tolist(), strict=True)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.query_rows)
+
+    def __len__(self) -> int:
+        return len(self.query_rows)
 
 
 def evaluate(
-    encoder: MultiVectorEncoder, retrieval: RetrievalSet, *, batch_size: int, widths: Sequence[int]
+    encoder: MultiVectorEncoder,
+    retrieval: RetrievalSet,
+    *,
+    batch_size: int,
+    widths: Sequence[int],
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return the value of each judged query, by query id, by metric, for the encoder on a retrieval set.
 
     widths: components, fewer than the model's own, to which the vectors are cut as well; the metrics of these are named
     `ndcg@10/64` and so on. Every process must call it, and all get the same.
     """
-    rankings = rank(encoder, retrieval, batch_size=batch_size, widths=widths)
+    rankings = rank(encoder, retrieval, batch_size=batch_size, widths=widths, progress=progress)
     own_width = max(rankings)
     return {
         name if width == own_width else f"{name}/{width}": values
@@ -47,94 +88,143 @@ def rank(
     widths: Sequence[int],
     depth: int | None = None,
     block_documents: int | None = None,
-) -> dict[int, dict[str, dict[str, float]]]:
-    """Return the score of each query's best documents, best first, by document id, by query id, by width.
+    progress: Progress | None = None,
+) -> dict[int, Ranking]:
+    """Return each query's best documents by width: the model's own first, then `widths`, all from one encoding.
 
-    depth: how many documents of a query; None is as many as the metrics read. block_documents: documents whose vectors
-    are held at once; None is BLOCK_DOCUMENTS. The model's own width comes first, then `widths`, all from one encoding.
-    A query ranks its candidates, or the whole corpus where the set names none. Every process must call it, and all get
-    the same.
+    depth: how many documents of a query; None is as many as the metrics read. block_documents: texts of documents whose
+    vectors are held at once; None is BLOCK_DOCUMENTS. What grows with the queries is held whole: their vectors and the
+    keys of their best documents.
+    A query ranks its candidates, or the whole corpus where the set names none. Documents with the same text are encoded
+    once and tie, and where scores tie the higher id is first, as trec_eval has it. Every process must call it, and all
+    get the same. Raises ConfigError where a score is not a number.
     """
     processes, depth, block_documents = PartialState(), depth or DEPTH, block_documents or BLOCK_DOCUMENTS
     was_training = encoder.training
     # Encoding switches to evaluation; the loop goes on with dropout afterwards.
-    own = list(retrieval.queries.values())
-    own = own[slice(*bounds(len(own), processes.process_index, processes.num_processes))]
-    queries, query_mask, _ = gather_texts(
-        *_pad(encoder.encode_query(own, batch_size=batch_size, show_progress_bar=False), encoder)
-    )
-    document_ids = list(retrieval.corpus)
-    first, last = bounds(len(document_ids), processes.process_index, processes.num_processes)
-    rankers = _rankers(retrieval)
-    # As many columns as any process can fill: they exchange tensors of one shape.
-    columns = min(depth, math.ceil(len(document_ids) / processes.num_processes))
+    queries, query_mask = _encode_queries(encoder, list(retrieval.queries.values()), batch_size)
+    # In this order the higher of two rows is the higher id.
+    document_ids, rankers = _ranked_documents(retrieval)
+    rows_of: dict[str, list[int]] = {}
+    for row, identifier in enumerate(document_ids):
+        rows_of.setdefault(retrieval.corpus[identifier], []).append(row)
+    # By length, so that little is padded, and the block that takes the most memory is the first.
+    texts = sorted(rows_of, key=len, reverse=True)
+    starts = range(0, len(texts), block_documents)[processes.process_index :: processes.num_processes]
+    columns = min(depth, len(document_ids))
     if retrieval.candidates is not None:
-        columns = min(columns, max(map(len, retrieval.candidates.values())))
-    no_scores = queries.new_full((len(queries), columns), -math.inf)
+        columns = min(columns, max(map(len, retrieval.candidates.values()), default=0))
     best = {
-        width: (no_scores.clone(), torch.zeros_like(no_scores, dtype=torch.int64))
+        width: torch.full((len(queries), columns), NOTHING, device=queries.device)
         for width in (queries.shape[-1], *widths)
     }
-    for start in range(first, last, block_documents):
-        block = document_ids[start : min(start + block_documents, last)]
-        texts = [retrieval.corpus[identifier] for identifier in block]
+    ranked, own_texts = 0, sum(len(texts[start : start + block_documents]) for start in starts)
+    not_a_number: tuple[int, str, str] | None = None
+    for start in starts:
+        block = texts[start : start + block_documents]
         documents, document_mask = _pad(
-            encoder.encode_document(texts, batch_size=batch_size, show_progress_bar=False), encoder
+            encoder.encode_document(block, batch_size=batch_size, show_progress_bar=False), encoder
         )
-        is_ranked = _is_ranked(block, rankers, queries)
+        places = [(column, row) for column, text in enumerate(block) for row in rows_of[text]]
+        of_block, rows = torch.tensor(places, device=queries.device).T
+        is_ranked = _is_ranked([document_ids[row] for _, row in places], retrieval, rankers, queries)
         # Most queries that have candidates have none in a block: to score those would make the time quadratic.
         some = is_ranked.any(dim=1).nonzero().flatten()
-        rows = torch.arange(start, start + len(block), device=queries.device).expand(len(some), -1)
-        for width, (best_scores, best_rows) in best.items():
+        is_ranked = is_ranked[some]
+        for width, keys in best.items():
             scores = maxsim(
                 cut(queries[some], width), cut(documents, width), query_mask[some], document_mask, backend="reference"
-            ).masked_fill(~is_ranked[some], -math.inf)
-            best_scores[some], best_rows[some] = _best(
-                torch.cat([best_scores[some], scores], dim=1), torch.cat([best_rows[some], rows], dim=1), columns
-            )
+            )[:, of_block]
+            if not_a_number is None and (found := (scores.isnan() & is_ranked).nonzero()).numel():
+                query, column = found[0].tolist()
+                names = list(retrieval.queries)[some[query]], document_ids[rows[column]]
+                not_a_number = start, *names
+            found = torch.cat([keys[some], _keys(scores, rows).masked_fill(~is_ranked, NOTHING)], dim=1)
+            keys[some] = found.topk(columns, dim=1).values
+        if not_a_number is not None:
+            break
+        ranked += len(block)
+        if progress is not None:
+            progress(ranked, own_texts)
     encoder.train(was_training)
-    return {width: _rankings(retrieval, *own_best, depth=depth) for width, own_best in best.items()}
+    if broken := [each for each in gather_object([not_a_number]) if each is not None]:
+        _, query, document = min(broken)
+        raise ConfigError(
+            f"the score of query {query} and document {document} is not a number: the model's weights are broken, or "
+            "too large for its precision: take an earlier checkpoint, or float32"
+        )
+    query_rows = {query: row for row, query in enumerate(retrieval.queries)}
+    return {width: Ranking(query_rows, document_ids, _of_all_processes(keys)) for width, keys in best.items()}
 
 
-def _rankers(retrieval: RetrievalSet) -> dict[str, list[int]] | None:
-    """Rows of the queries that rank a document, by document id; None where all rank all."""
+def _encode_queries(encoder: MultiVectorEncoder, texts: list[str], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Vectors (Q, I, H) float32 and mask (Q, I), on every process; each encodes some of the batches."""
+    processes = PartialState()
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    shares = [batches[process :: processes.num_processes] for process in range(processes.num_processes)]
+    own = [
+        vectors
+        for batch in shares[processes.process_index]
+        for vectors in encoder.encode_query(
+            [texts[row] for row in batch], batch_size=batch_size, show_progress_bar=False
+        )
+    ]
+    vectors, mask, _ = gather_texts(*_pad(own, encoder))
+    gathered = [row for share in shares for batch in share for row in batch]
+    places = torch.tensor(gathered, dtype=torch.int64, device=vectors.device).argsort()
+    return vectors[places], mask[places]
+
+
+def _ranked_documents(retrieval: RetrievalSet) -> tuple[list[str], dict[str, list[int]] | None]:
+    """Ids of the documents that any query ranks, rising, and for each the rows of these queries; None for all rows."""
     if retrieval.candidates is None:
-        return None
-    rankers: dict[str, list[int]] = {identifier: [] for identifier in retrieval.corpus}
+        return sorted(retrieval.corpus), None
+    rankers: dict[str, list[int]] = {}
     for row, query in enumerate(retrieval.queries):
         for document in retrieval.candidates[query]:
-            rankers[document].append(row)
-    return rankers
+            rankers.setdefault(document, []).append(row)
+    return sorted(rankers), rankers
 
 
-def _is_ranked(block: list[str], rankers: dict[str, list[int]] | None, queries: Tensor) -> Tensor:
-    """Which query ranks which document of a block, (Q, N) bool."""
-    if rankers is None:
-        return queries.new_ones(len(queries), len(block), dtype=torch.bool)
-    pairs = [(row, column) for column, document in enumerate(block) for row in rankers[document]]
-    is_ranked = queries.new_zeros(len(queries), len(block), dtype=torch.bool)
-    is_ranked[*torch.tensor(pairs, dtype=torch.int64, device=queries.device).view(-1, 2).T] = True
+def _is_ranked(
+    document_ids: list[str], retrieval: RetrievalSet, rankers: dict[str, list[int]] | None, queries: Tensor
+) -> Tensor:
+    """Which query ranks which of these documents, (Q, N) bool."""
+    shape = len(queries), len(document_ids)
+    is_ranked = torch.full(shape, rankers is None, device=queries.device)
+    if rankers is not None:
+        pairs = [(row, column) for column, document in enumerate(document_ids) for row in rankers[document]]
+        is_ranked[*torch.tensor(pairs, dtype=torch.int64, device=queries.device).view(-1, 2).T] = True
+    if retrieval.ignore_identical_ids:
+        columns = {document: column for column, document in enumerate(document_ids)}
+        pairs = [(row, columns[query]) for row, query in enumerate(retrieval.queries) if query in columns]
+        is_ranked[*torch.tensor(pairs, dtype=torch.int64, device=queries.device).view(-1, 2).T] = False
     return is_ranked
 
 
-def _best(scores: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The best `count` columns of each query, best first."""
-    scores, positions = scores.topk(count, dim=1)
-    return scores, rows.gather(1, positions)
+def _keys(scores: Tensor, rows: Tensor) -> Tensor:
+    """One int64 for a score (Q, N) float32 and a row (N,), in the order of the scores and, where these tie, of the
+    rows: no two are equal, so that the best are the same in whatever order they are looked for."""
+    # The bits of a float are in its order, those of one below 0 in the reverse; -0.0 + 0.0 is 0.0.
+    bits = (scores + 0.0).view(torch.int32).long()
+    return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) + rows
 
 
-def _rankings(retrieval: RetrievalSet, scores: Tensor, rows: Tensor, *, depth: int) -> dict[str, dict[str, float]]:
-    """What the best columns (Q, columns) of all processes amount to, by document id, by query id."""
-    # gather puts the processes one below the other; a query's columns belong side by side.
-    shape = PartialState().num_processes, *scores.shape
-    scores, rows = (gather(part).view(shape).transpose(0, 1).flatten(start_dim=1) for part in (scores, rows))
-    best = _best(scores, rows, min(depth, scores.shape[1]))
-    document_ids = list(retrieval.corpus)
-    return {
-        # What a query does not rank, and the columns that a smaller part of the corpus lacks, are left out.
-        query: {document_ids[row]: score for score, row in zip(*columns, strict=True) if score != -math.inf}
-        for query, *columns in zip(retrieval.queries, *(part.tolist() for part in best), strict=True)
-    }
+def _scores_and_rows(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_keys` was given."""
+    bits = keys >> 32
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32), keys & 0xFFFFFFFF
+
+
+def _of_all_processes(keys: Tensor) -> Tensor:
+    """The best of the best keys (Q, K) of all processes, on the CPU."""
+    merged = []
+    for part in keys.split(EXCHANGED_QUERIES):
+        # gather puts the processes one below the other; a query's keys belong side by side.
+        parts = gather(part).view(PartialState().num_processes, *part.shape).transpose(0, 1)
+        merged.append(parts.flatten(start_dim=1).topk(part.shape[1], dim=1).values.cpu())
+    return torch.cat(merged) if merged else keys.cpu()
 
 
 def _pad(vectors: Iterable[Tensor], encoder: MultiVectorEncoder) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from trainer.data.batches import Batch, StepBatches
 from trainer.data.order import count_steps_per_epoch
 from trainer.data.retrieval import RetrievalSet
 from trainer.data.tables import TrainingSet, identity
-from trainer.display import ProgressDisplay
+from trainer.display import ProgressDisplay, counting
 from trainer.encoding import TrainedModel, encode_batch
 from trainer.evaluation import evaluate
 from trainer.grad_cache import GradCache
@@ -123,12 +123,13 @@ def train(
         """The metrics; of the watched one the value of each query is kept, as the last and, at first, as the first."""
         if evaluation is None:
             return None
-        with accelerator.autocast():
+        with accelerator.autocast(), counting(console, "documents ranked") as ranked:
             values = evaluate(
                 encoder,
                 evaluation,
                 batch_size=config.evaluation.batch_size,
                 widths=config.loss.matryoshka.widths[1:],
+                progress=ranked,
             )
         done.after_by_query = list(values[watched].values())
         return means(values)

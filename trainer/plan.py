@@ -167,10 +167,11 @@ def choose_maxsim(config: Config, device: torch.device, encoder: MultiVectorEnco
     return backend
 
 
-def build_accelerator(config: Config) -> Accelerator:
+def build_accelerator(config: Config, *, on_cpu: bool = False, program: str = "train.py") -> Accelerator:
     """Return the accelerator for the precision asked for, on the devices and processes that it finds.
 
-    Raises ConfigError where these are not what was asked for.
+    on_cpu: leave accelerators alone; program: what was started, for the commands in errors.
+    Raises ConfigError where the devices or processes are not what was asked for.
     """
     if config.trainer.precision is Precision.fp16 and not torch.cuda.is_available():
         raise ConfigError("trainer.precision=fp16 needs a GPU and this machine has none: use float32 or bf16")
@@ -179,7 +180,7 @@ def build_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.trainer.precision.value,
         # Unsaid, accelerate looks for GPUs to start processes on, and without one leaves each by itself.
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu or not torch.accelerator.is_available(),
         # Broadcast at every forward, they would wait for processes whose batch has fewer chunks; none ever changes.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -189,9 +190,9 @@ def build_accelerator(config: Config) -> Accelerator:
         asked = "several"
     if accelerator.num_processes == 1 and asked != "1":
         raise ConfigError(
-            f"{asked} processes were asked for and each would train by itself: on GPUs, accelerate launch --multi_gpu "
-            "--num_processes 2 train.py ...; without, ACCELERATE_USE_CPU=true before the same command, "
-            "or torchrun --nproc_per_node 2 train.py ...; for one process, unset MASTER_ADDR"
+            f"{asked} processes were asked for and each would run by itself: "
+            f"on GPUs, accelerate launch --multi_gpu --num_processes 2 {program} ...; without, ACCELERATE_USE_CPU=true "
+            f"before the same command, or torchrun --nproc_per_node 2 {program} ...; for one process, unset MASTER_ADDR"
         )
     kind = accelerator.distributed_type
     if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):

@@ -69,7 +69,7 @@ def test_the_accelerator_has_the_precision_of_the_config(
 
 
 NOT_SEVERAL = (
-    "processes were asked for and each would train by itself: on GPUs, accelerate launch --multi_gpu "
+    "processes were asked for and each would run by itself: on GPUs, accelerate launch --multi_gpu "
     "--num_processes 2 train.py ...; without, ACCELERATE_USE_CPU=true before the same command, "
     "or torchrun --nproc_per_node 2 train.py ...; for one process, unset MASTER_ADDR"
 )

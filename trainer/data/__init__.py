@@ -5,7 +5,7 @@ both, the positives first, with a teacher's scores and the place, file:line, whe
 here that returns such a set, and its line in `_load_set`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def load_data(config: DataConfig) -> Data:
 def load_sets(config: DataConfig) -> tuple[Data, list[str]]:
     """Read, check and split the data; of a set that cannot be read, what is wrong with it, in a line."""
     sets, evaluations, errors = list[TrainingSet](), dict[str, RetrievalSet](), list[str]()
-    for name, each in (config.sets or {Path(config.path or config.format.name).stem: config}).items():
+    for name, each in _named(config).items():
         try:
             examples, evaluation = _load_set(name, each)
         except ConfigError as error:
@@ -53,6 +53,35 @@ def load_sets(config: DataConfig) -> tuple[Data, list[str]]:
         if evaluation is not None:
             evaluations[name] = evaluation
     return Data(sets, RetrievalSet.union(evaluations) if evaluations else None), errors
+
+
+def load_evaluation(config: DataConfig) -> tuple[RetrievalSet, list[str]]:
+    """Return what a run with this data is scored on, and what was left out, in words. Of a BEIR folder with an
+    evaluation split, nothing else is read.
+
+    Raises ConfigError as `load_data` does, and where the run has no score.
+    """
+    evaluations, warnings = dict[str, RetrievalSet](), list[str]()
+    for name, each in _named(config).items():
+        if each.format is DataFormat.beir and each.evaluation_split is not None:
+            evaluations[name], left_out = beir.load_evaluation(each)
+            warnings += left_out
+            continue
+        examples, evaluation = _load_set(name, each)
+        warnings += examples.warnings
+        if evaluation is not None:
+            evaluations[name] = evaluation
+    if not evaluations:
+        raise ConfigError(
+            "the data has no example to score on: set data.evaluation_split, data.evaluation_path or "
+            "data.evaluation_fraction"
+        )
+    return RetrievalSet.union(evaluations), warnings
+
+
+def _named(config: DataConfig) -> Mapping[str, SetConfig]:
+    """The sets of a mix, or the one set, by name."""
+    return config.sets or {Path(config.path or config.format.name).stem: config}
 
 
 def _what(name: str, config: SetConfig) -> str:

@@ -1,19 +1,22 @@
-"""BEIR's layout: a folder with a corpus, queries and graded judgements (Thakur et al. 2021).
+"""BEIR's layout: a corpus, queries and graded judgements (Thakur et al. 2021), in a folder or on the Hub.
 
 corpus and queries are JSON lines (_id, text, of a document perhaps a title), qrels/<split>.tsv is query-id, corpus-id
-and score under a header; all may be gzipped. A run in TREC's format brings further negatives.
+and score under a header; all may be gzipped. On the Hub corpus and queries are subsets, and the judgements the subset
+qrels (NanoBEIR) or a data set of their own, <name>-qrels (BEIR). Judgements without a score have grade 1. A run in
+TREC's format brings further negatives.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Features, Value
+from datasets import Features, Value, get_dataset_config_names, get_dataset_split_names
+from datasets.exceptions import DatasetsError
 
 from configs.schema import ConfigError, Negatives, SetConfig
-from trainer.data.files import Source, checked_rows, file_in, find, lines
+from trainer.data.files import HUB_NAME, Source, file_in, find, is_repository
 from trainer.data.pairs import hold_out
 from trainer.data.retrieval import RetrievalSet
 from trainer.data.tables import (
@@ -27,6 +30,7 @@ from trainer.data.tables import (
     values,
     without_empty,
 )
+from trainer.data.trec import read_run
 
 # Of the judgements, the share that may name texts that are not there: published sets have a few.
 UNKNOWN = 0.05
@@ -38,46 +42,83 @@ UNKNOWN_JUDGEMENTS = Features(
 def load(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet | None]:
     """Return training examples, one a query, and queries to rank the whole corpus for: those of the evaluation split,
     or a share of the training queries."""
-    assert config.path is not None, "parse_config asks for data.path"
-    folder = find("data.path", config.path, config.root)
-    if not folder.is_dir():
-        raise ConfigError(f"data.path={config.path} is a file: name the BEIR folder that holds it")
-    queries, corpus = (
-        Source((file_in(folder, stem, asked=f"data.path={config.path}"),)) for stem in ("queries", "corpus")
-    )
-    qrels = _qrels(folder, "data.split", config.split)
+    qrels, queries, corpus = _sources(config, "data.split", config.split)
     run = None
     if config.run_path is not None:
         run = find("data.run_path", config.run_path, config.root)
-    sources = [Source((qrels,)), queries, corpus, *([Source((run,))] if run else [])]
+    sources = [qrels, queries, corpus, *([Source((run,))] if run else [])]
     unknown = _left_out(qrels, queries, corpus)
     assert config.positive_grade is not None, "parse_config asks for data.positive_grade"
     table = kept_table(_examples, sources, [config.positive_grade, config.negatives], features=EXAMPLES)
     query_texts, document_texts = _queries(queries), _corpus(corpus)
     warnings = [*empty_texts(query_texts, queries), *empty_texts(document_texts, corpus), *unknown]
     examples = TrainingSet(name, config, query_texts, document_texts, table, tuple(warnings))
-    examples = without_empty(examples, Source((qrels,)))
+    examples = without_empty(examples, qrels)
     if config.evaluation_split is not None:
-        asked = _qrels(folder, "data.evaluation_split", config.evaluation_split)
-        unknown = _left_out(asked, queries, corpus)
-        grades = _judgements(asked, queries, corpus)
-        if not grades:
-            raise ConfigError(f"{asked} has no query with a text and a document of grade 1 or more to be scored on")
-        return replace(examples, warnings=(*examples.warnings, *unknown)), _retrieval(
-            grades, query_texts, document_texts
-        )
+        evaluation, unknown = load_evaluation(config)
+        return replace(examples, warnings=(*examples.warnings, *unknown)), evaluation
     examples, held_out = hold_out(examples, config.evaluation_fraction or 0)
     if held_out is None:
         return examples, None
     rows = set(held_out.examples["query"])
     grades = {query: own for query, own in _judgements(qrels, queries, corpus).items() if query in rows}
-    return examples, _retrieval(grades, query_texts, document_texts)
+    return examples, _retrieval(config, grades, query_texts, document_texts)
 
 
-def _qrels(folder: Path, key: str, split: str | None) -> Path:
+def load_evaluation(config: SetConfig) -> tuple[RetrievalSet, list[str]]:
+    """Return the queries of the evaluation split, which rank the whole corpus, and what is left out, in words; what is
+    trained on is not read."""
+    qrels, queries, corpus = _sources(config, "data.evaluation_split", config.evaluation_split)
+    unknown = _left_out(qrels, queries, corpus)
+    grades = _judgements(qrels, queries, corpus)
+    if not grades:
+        raise ConfigError(f"{qrels} has no query with a text and a document of grade 1 or more to be scored on")
+    return _retrieval(config, grades, _queries(queries), _corpus(corpus)), unknown
+
+
+def _sources(config: SetConfig, key: str, split: str | None) -> tuple[Source, Source, Source]:
+    """Of the judgements of a split, the queries and the corpus; key: the one that names the split."""
+    assert config.path is not None, "parse_config asks for data.path"
+    assert split is not None, "parse_config asks for data.split"
+    try:
+        folder = find("data.path", config.path, config.root)
+    except ConfigError:
+        if not HUB_NAME.fullmatch(config.path):
+            raise
+        return _subsets(config.path, split)
+    if not folder.is_dir():
+        raise ConfigError(f"data.path={config.path} is a file: name the BEIR folder that holds it")
+    if is_repository(folder, "corpus", None):
+        return _subsets(str(folder), split)
+    queries, corpus = (
+        Source((file_in(folder, stem, asked=f"data.path={config.path}"),)) for stem in ("queries", "corpus")
+    )
     if not (folder / "qrels").is_dir():
         raise ConfigError(f"{key}={split}: {folder} has no folder qrels with the judgements: add it")
-    return file_in(folder / "qrels", split, asked=f"{key}={split}")
+    return Source((file_in(folder / "qrels", split, asked=f"{key}={split}"),)), queries, corpus
+
+
+def _subsets(repository: str, split: str) -> tuple[Source, Source, Source]:
+    """The same on the Hub, or in a folder that is laid out as there."""
+    own = "qrels" in _asked(repository, get_dataset_config_names, repository)
+    qrels = Source((), repository, "qrels", split) if own else Source((), f"{repository}-qrels", None, split)
+    # Texts have one split, train or named as the subset.
+    queries, corpus = (
+        Source((), repository, subset, _asked(repository, get_dataset_split_names, repository, subset)[0])
+        for subset in ("queries", "corpus")
+    )
+    return qrels, queries, corpus
+
+
+def _asked(repository: str, ask: Callable[..., list[str]], *arguments: str) -> list[str]:
+    try:
+        return ask(*arguments)
+    except (ValueError, OSError, KeyError, DatasetsError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"data.path={repository} cannot be loaded: {reason}; it must have the subsets queries and corpus, or be a "
+            "BEIR folder"
+        ) from error
 
 
 def _queries(source: Source) -> Any:
@@ -88,7 +129,7 @@ def _corpus(source: Source) -> Any:
     return text_table(source, "_id", "title", "text")
 
 
-def _retrieval(grades: dict[int, dict[int, int]], queries: Any, corpus: Any) -> RetrievalSet:
+def _retrieval(config: SetConfig, grades: dict[int, dict[int, int]], queries: Any, corpus: Any) -> RetrievalSet:
     ids = dict(enumerate(values(corpus, "id")))
     chosen = queries.select(list(grades))
     names = dict(zip(grades, chosen["id"], strict=True))
@@ -96,6 +137,8 @@ def _retrieval(grades: dict[int, dict[int, int]], queries: Any, corpus: Any) -> 
         queries=dict(zip(chosen["id"], chosen["text"], strict=True)),
         corpus=dict(zip(ids.values(), values(corpus, "text"), strict=True)),
         judgements={names[query]: {ids[row]: grade for row, grade in own.items()} for query, own in grades.items()},
+        ignore_identical_ids=bool(config.ignore_identical_ids),
+        unjudged=frozenset(values(queries, "id")) - frozenset(names.values()),
     )
 
 
@@ -106,7 +149,7 @@ def _indexes(queries: Source, corpus: Source) -> tuple[Index, Index]:
     )
 
 
-def _judgements(qrels: Path, queries: Source, corpus: Source) -> dict[int, dict[int, int]]:
+def _judgements(qrels: Source, queries: Source, corpus: Source) -> dict[int, dict[int, int]]:
     """Grade by row of the corpus by row of the queries, of queries that have a text and an answer."""
     grades: dict[int, dict[int, int]] = {}
     query_index, document_index = _indexes(queries, corpus)
@@ -119,7 +162,7 @@ def _judgements(qrels: Path, queries: Source, corpus: Source) -> dict[int, dict[
     }
 
 
-def _known(qrels: Path, queries: Index, corpus: Index) -> Iterator[tuple[str, int, int, int]]:
+def _known(qrels: Source, queries: Index, corpus: Index) -> Iterator[tuple[str, int, int, int]]:
     """Yield the judgements of texts that are there, as place, rows and grade."""
     judged: dict[tuple[str, str], int] = {}
     for place, query, document, grade in _rows(qrels):
@@ -133,10 +176,9 @@ def _known(qrels: Path, queries: Index, corpus: Index) -> Iterator[tuple[str, in
             yield place, rows[0], rows[1], grade
 
 
-def _left_out(qrels: Path, queries: Source, corpus: Source) -> list[str]:
+def _left_out(qrels: Source, queries: Source, corpus: Source) -> list[str]:
     """A warning where judgements are of texts that are not there. Raises ConfigError where these are too many."""
-    sources = [Source((qrels,)), queries, corpus]
-    [unknown] = kept_table(_unknown, sources, [], features=UNKNOWN_JUDGEMENTS)
+    [unknown] = kept_table(_unknown, [qrels, queries, corpus], [], features=UNKNOWN_JUDGEMENTS)
     if not unknown["total"]:
         raise ConfigError(f"{qrels} holds no judgement: give query-id, corpus-id and score in each row")
     if unknown["count"] > UNKNOWN * unknown["total"]:
@@ -157,7 +199,7 @@ def _unknown(qrels: Source, queries: Source, corpus: Source) -> Iterator[dict[st
     where it stands and why."""
     query_index, document_index = _indexes(queries, corpus)
     count, total, first = 0, 0, {"place": "", "what": ""}
-    for place, query, document, _ in _rows(qrels.files[0]):
+    for place, query, document, _ in _rows(qrels):
         total += 1
         row = query_index.get(query)
         if row is not None and document_index.get(document) is not None:
@@ -168,15 +210,15 @@ def _unknown(qrels: Source, queries: Source, corpus: Source) -> Iterator[dict[st
     yield {"count": count, "total": total, **first}
 
 
-def _rows(qrels: Path) -> Iterator[tuple[str, str, str, int]]:
+def _rows(qrels: Source) -> Iterator[tuple[str, str, str, int]]:
     """Yield place, ids and grade of each judgement."""
-    for place, row in checked_rows(qrels):
-        if not {"query-id", "corpus-id", "score"} <= set(row):
+    for place, row in qrels.rows():
+        if not {"query-id", "corpus-id"} <= set(row):
             raise ConfigError(
                 f"{place}: the columns are {', '.join(row)}: the first line must be query-id, corpus-id, score"
             )
         query, document = (identifier(place, name, row[name]) for name in ("query-id", "corpus-id"))
-        score = row["score"]
+        score = row.get("score", 1)
         if not re.fullmatch(r"-?[0-9]+(\.0+)?", str(score)) or isinstance(score, bool):
             raise ConfigError(f"{place}: score={score!r:.40} must be a whole number")
         yield place, query, document, int(float(score))
@@ -188,7 +230,7 @@ def _examples(qrels: Source, queries: Source, corpus: Source, *rest: Any) -> Ite
     query_index, document_index = _indexes(queries, corpus)
     judged: dict[int, dict[int, int]] = {}
     places: dict[int, str] = {}
-    for place, query, document, grade in _known(qrels.files[0], query_index, document_index):
+    for place, query, document, grade in _known(qrels, query_index, document_index):
         judged.setdefault(query, {})[document] = grade
         places.setdefault(query, place)
     ranked = _ranking(run[0].files[0], query_index, document_index) if run else {}
@@ -222,20 +264,13 @@ def _examples(qrels: Source, queries: Source, corpus: Source, *rest: Any) -> Ite
 def _ranking(path: Path, queries: Index, corpus: Index) -> dict[int, list[int]]:
     """Rows of the documents of each query, in the order of the run."""
     ranked: dict[int, list[int]] = {}
-    for place, line in lines(path):
-        cells = line.split()
-        if not cells:
-            continue
-        if len(cells) != 6:
-            raise ConfigError(
-                f"{place}: {len(cells)} cells, and TREC's runs have 6: query, Q0, document, rank, score, name"
-            )
-        query = queries.get(cells[0])
+    for place, query_id, document_id in read_run(path):
+        query = queries.get(query_id)
         if query is None:
             continue  # a run may rank for more queries than are trained on
-        document = corpus.get(cells[2])
+        document = corpus.get(document_id)
         if document is None:
-            corpus.row(place, cells[2])
+            corpus.row(place, document_id)
         elif not corpus.is_empty(document):
             ranked.setdefault(query, []).append(document)
     return ranked

@@ -19,6 +19,10 @@ class RetrievalSet:
     """Grade by document id, by query id."""
     candidates: dict[str, list[str]] | None = None
     """Ids of the documents that each query ranks, by query id; None ranks the whole corpus for each."""
+    ignore_identical_ids: bool = False
+    """Whether no query ranks the document that has its own id."""
+    unjudged: frozenset[str] = frozenset()
+    """Ids of further queries, which nobody has judged and which rank nothing."""
 
     @classmethod
     def of(cls, examples: TrainingSet) -> Self:
@@ -74,13 +78,17 @@ class RetrievalSet:
         corpus: dict[str, str] = {}
         judgements: dict[str, dict[str, int]] = {}
         candidates: dict[str, list[str]] = {}
+        unjudged: set[str] = set()
         for name, each in sets.items():
+            unjudged |= {f"{name}/{key}" for key in each.unjudged}
             queries |= {f"{name}/{key}": text for key, text in each.queries.items()}
             corpus |= {f"{name}/{key}": text for key, text in each.corpus.items()}
             for query, own in each.judgements.items():
                 judgements[f"{name}/{query}"] = {f"{name}/{key}": grade for key, grade in own.items()}
             whole = [f"{name}/{key}" for key in each.corpus]
             for query in each.queries:
-                own_candidates = each.candidates and [f"{name}/{key}" for key in each.candidates[query]]
-                candidates[f"{name}/{query}"] = own_candidates or whole
-        return cls(queries, corpus, judgements, candidates)
+                ranked = whole if each.candidates is None else [f"{name}/{key}" for key in each.candidates[query]]
+                if each.ignore_identical_ids:
+                    ranked = [key for key in ranked if key != f"{name}/{query}"]
+                candidates[f"{name}/{query}"] = ranked
+        return cls(queries, corpus, judgements, candidates, unjudged=frozenset(unjudged))
