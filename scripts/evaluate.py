@@ -107,7 +107,8 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0
     try:
-        options, jobs = parse(list(arguments))
+        options, overrides = parse(list(arguments))
+        jobs = compose_jobs(options, overrides)
         check(options, jobs)
         datasets.disable_progress_bars()
         accelerator = build_accelerator(jobs[0].config, on_cpu=options.device == "cpu", program="scripts/evaluate.py")
@@ -119,8 +120,8 @@ def main(arguments: Sequence[str]) -> int:
         return fail(explain_composition(error, CONFIGS))
 
 
-def parse(arguments: list[str]) -> tuple[Options, list[Job]]:
-    """The options and what is scored. Raises ConfigError for a key or a value that there is not."""
+def parse(arguments: list[str]) -> tuple[Options, list[str]]:
+    """The options, and what is left for the config. Raises ConfigError for a value that cannot be."""
     names = {field.name for field in fields(Options)}
     own = [argument for argument in arguments if argument.partition("=")[0] in names]
     overrides = [argument for argument in arguments if argument not in own]
@@ -155,6 +156,11 @@ def parse(arguments: list[str]) -> tuple[Options, list[Job]]:
     for problem, holds in problems.items():
         if holds:
             raise ConfigError(problem)
+    return options, overrides
+
+
+def compose_jobs(options: Options, overrides: list[str]) -> list[Job]:
+    """The sets that are scored. Raises ConfigError for a key that there is not, or that has no effect."""
     read_nowhere = {field.name for field in fields(Config)} - set(READ)
     for override in overrides:
         key = override.partition("=")[0].lstrip("+")
@@ -162,13 +168,13 @@ def parse(arguments: list[str]) -> tuple[Options, list[Job]]:
             raise ConfigError(f"{override} has no effect on a score: give keys of {', '.join(READ)}")
         if key in (f"data.{name}" for name in OF_TRAINING):
             raise ConfigError(f"{override} is read in training alone: set backbone.{key.removeprefix('data.')}")
-    rest = [override for override in overrides if override not in chosen]
-    sets = benchmark_sets(options, rest) if options.benchmark else {}
-    for name in chosen[0].removeprefix("data=").split(",") if chosen else []:
-        sets[name] = [f"data={name}", *(override for override in rest if override.startswith("data."))]
-    other = [override for override in rest if not override.startswith("data.")]
-    folder = Path(options.output_dir)
-    jobs = []
+    of_data = [override for override in overrides if override.startswith("data.")]
+    sets = benchmark_sets(options, of_data) if options.benchmark is not None else {}
+    for chosen in overrides:
+        if chosen.startswith("data="):
+            sets |= {name: [f"data={name}", *of_data] for name in chosen.removeprefix("data=").split(",")}
+    other = [override for override in overrides if not override.startswith(("data=", "data."))]
+    folder, jobs = Path(options.output_dir), []
     for name, data in sets.items():
         config = compose_config(options.model, f"trainer.precision={options.precision.name}", *other, *data)
         typed = [override.partition("=")[0] for override in data]
@@ -178,7 +184,7 @@ def parse(arguments: list[str]) -> tuple[Options, list[Job]]:
         jobs.append(Job(name, data, other, config, folder / name if len(sets) > 1 else folder))
     if options.candidates is not None and len(jobs) > 1:
         raise ConfigError(f"candidates={options.candidates} is a run for one set, and {len(jobs)} are scored: name one")
-    return options, jobs
+    return jobs
 
 
 def benchmarks() -> dict[str, Any]:
@@ -188,13 +194,12 @@ def benchmarks() -> dict[str, Any]:
     return {str(name): benchmark for name, benchmark in read.items()}
 
 
-def benchmark_sets(options: Options, overrides: list[str]) -> dict[str, list[str]]:
-    """The keys of data of each set that a benchmark names, by its name."""
+def benchmark_sets(options: Options, of_data: list[str]) -> dict[str, list[str]]:
+    """The keys of data of each set that a benchmark names, by its name; of_data: those that were typed."""
     known = benchmarks()
     if options.benchmark not in known:
         raise ConfigError(_nearest("benchmark", str(options.benchmark), list(known)))
     benchmark = known[options.benchmark]
-    of_data = [override for override in overrides if override.startswith("data.")]
     if typed := [override for override in of_data if not override.startswith("data.root=")]:
         raise ConfigError(
             f"{' '.join(typed)}: benchmark={options.benchmark} says how its sets are read: give data.root alone, or "

@@ -192,7 +192,7 @@ def test_the_gradient_of_a_gpu_step_is_the_trainers(cached: bool, make_config: C
 
 
 def test_the_step_of_a_gpu_needs_no_package_that_only_training_needs() -> None:
-    absent = ["hydra", "omegaconf", "datasets", "wandb", "ir_measures", "sentence_transformers"]
+    absent = ["hydra", "omegaconf", "datasets", "wandb", "pytrec_eval", "sentence_transformers"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}));"
         "from scripts.benchmark_step import Case, prepare_random;"

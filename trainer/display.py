@@ -77,7 +77,7 @@ def counting(console: Console, what: str, *, line_seconds: float = 30.0) -> Iter
 
         def show(done: int, total: int) -> None:
             nonlocal said
-            bar.update(task, completed=done, total=total)
+            bar.update(task, completed=done, total=total, refresh=True)
             now = time.monotonic()
             if bar.disable and now - said >= line_seconds:
                 said = now

@@ -42,11 +42,11 @@ class Ranking(Mapping[str, dict[str, float]]):
     """By query id."""
     document_ids: Sequence[str]
     """Of all documents that were ranked."""
-    keys: Tensor
+    best: Tensor
     """(Q, K) int64, falling: score and row of a document, as `_keys` makes them."""
 
     def __getitem__(self, query: str) -> dict[str, float]:
-        keys = self.keys[self.query_rows[query]]
+        keys = self.best[self.query_rows[query]]
         scores, rows = _scores_and_rows(keys[keys != NOTHING])
         return {self.document_ids[row]: score for score, row in zip(scores.tolist(), rows.tolist(), strict=True)}
 
@@ -143,6 +143,7 @@ def rank(
             keys[some] = found.topk(columns, dim=1).values
         if not_a_number is not None:
             break
+        del documents, document_mask  # before the next block is encoded
         ranked += len(block)
         if progress is not None:
             progress(ranked, own_texts)

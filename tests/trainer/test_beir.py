@@ -4,7 +4,10 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from configs.schema import Negatives
 from tests.trainer.datafiles import (
@@ -17,7 +20,7 @@ from tests.trainer.datafiles import (
     train_set,
     write,
 )
-from trainer.data import load_data
+from trainer.data import load_data, load_evaluation
 from trainer.data.retrieval import RetrievalSet
 from trainer.data.tables import TrainingSet
 
@@ -187,6 +190,74 @@ def test_an_evaluation_split_ranks_the_whole_corpus_by_its_grades(folder: Path) 
         corpus=TEXTS,
         judgements={"q3": {"d4": 2, "d1": 0}, "q1": {"d1": 1}},
         candidates=None,
+        ignore_identical_ids=False,
+        unjudged=frozenset({"q2"}),
+    )
+    # The same without what is trained on.
+    (folder / "qrels" / "train.tsv").unlink()
+    config = make_set_config("beir", root=str(folder.parent), path="set", evaluation_split="dev")
+    assert load_evaluation(config) == (data.evaluation, [])
+
+
+def test_a_set_may_ignore_identical_ids(folder: Path) -> None:
+    assert evaluation_of(folder, evaluation_split="dev", ignore_identical_ids=True).ignore_identical_ids
+
+
+# As on the Hub
+
+
+def on_the_hub(folder: Path, subsets: dict[str, tuple[str, list[dict[str, Any]]]]) -> None:
+    """A folder laid out as a data set of the Hub: rows and their split, by subset."""
+    configs = []
+    for subset, (split, rows) in subsets.items():
+        (folder / subset).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / subset / f"{split}.parquet")
+        configs.append({"config_name": subset, "data_files": [{"split": split, "path": f"{subset}/{split}.parquet"}]})
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+
+
+HUB_CORPUS = [{"_id": key, "title": "", "text": text} for key, text in TEXTS.items()]
+HUB_QUERIES = [{"_id": row["_id"], "text": row["text"]} for row in QUERIES]
+
+
+def test_judgements_may_be_a_subset_and_have_no_grades_as_in_nanobeir(tmp_path: Path) -> None:
+    rows = [{"query-id": query, "corpus-id": document} for query, document in (("q1", "d1"), ("q2", "d3"))]
+    on_the_hub(
+        tmp_path / "zeta-alpha-ai" / "NanoSet",
+        {"corpus": ("train", HUB_CORPUS), "queries": ("train", HUB_QUERIES), "qrels": ("train", rows)},
+    )
+    config = make_set_config("beir", root=str(tmp_path), path="zeta-alpha-ai/NanoSet", evaluation_split="train")
+    evaluation, warnings = load_evaluation(config)
+    assert evaluation == RetrievalSet(
+        queries={"q1": "what barks", "q2": "what swims"},
+        corpus=TEXTS,
+        judgements={"q1": {"d1": 1}, "q2": {"d3": 1}},
+        unjudged=frozenset({"q3"}),
+    )
+    assert warnings == []
+
+
+def test_judgements_may_be_a_data_set_of_their_own_as_those_of_beir(tmp_path: Path) -> None:
+    ids = {"corpus": HUB_CORPUS, "queries": HUB_QUERIES}
+    on_the_hub(tmp_path / "BeIR" / "set", {subset: (subset, rows) for subset, rows in ids.items()})
+    (tmp_path / "BeIR" / "set-qrels").mkdir()
+    (tmp_path / "BeIR" / "set-qrels" / "README.md").write_text("---\nlicense: mit\n---\n")
+    for split, rows in (("train", TRAIN), ("test", DEV)):
+        (tmp_path / "BeIR" / "set-qrels" / f"{split}.tsv").write_bytes(judgements(list(rows)))
+    config = make_set_config("beir", root=str(tmp_path), path="BeIR/set", evaluation_split="test")
+    data = load_data(config)
+    assert texts(data.sets[0]) == EXPECTED
+    assert data.evaluation is not None
+    assert data.evaluation.judgements == {"q3": {"d4": 2, "d1": 0}, "q1": {"d1": 1}}
+    (tmp_path / "BeIR" / "set-qrels" / "test.tsv").write_bytes(judgements([*DEV, ("q7", "d1", 1)]))
+    assert error_of(config).startswith(
+        f"{tmp_path}/BeIR/set-qrels test row 5: query-id=q7 is not in {tmp_path}/BeIR/set queries queries, and so in 1 "
+    )
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_had_is_named(unreachable_hub: None) -> None:
+    assert error_of(make_set_config("beir", path="BeIR/nothing", evaluation_split="test")).startswith(
+        "data.path=BeIR/nothing cannot be loaded: "
     )
 
 

@@ -1,12 +1,13 @@
-"""print_start and print_end: what a person reads before and after a run."""
+"""What a person reads before, during and after a run."""
 
 import io
+import time
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from trainer.display import print_end, print_start
+from trainer.display import ProgressDisplay, counting, print_end, print_start
 
 MODULES = [
     ("Transformer", "BertModel, 32 wide", 22_592),
@@ -76,3 +77,31 @@ def test_a_run_without_evaluation_ends_without_scores(console: Console) -> None:
     nothing = dict.fromkeys(("before", "after", "change", "best"))
     print_end(console, RESULT | nothing, loading="one line")
     assert printed(console) == ["", "model: run/model", "load it with:", "    one line"]
+
+
+def test_without_a_terminal_a_count_is_a_line_now_and_then(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with counting(console, "documents ranked") as show:
+        for done in range(1000, 6000, 1000):
+            now += 20
+            show(done, 5000)
+    assert printed(console) == [
+        "documents ranked  2,000 of 5,000  1:00 left",
+        "documents ranked  4,000 of 5,000  0:20 left",
+    ]
+
+
+def test_on_a_terminal_a_count_is_a_bar_also_beside_that_of_the_steps() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with (
+        ProgressDisplay(console, steps=10, log_every_steps=1),
+        counting(console, "documents ranked", line_seconds=0) as show,
+    ):
+        show(3, 7)
+        console.print("beside them")
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "beside them" in text
+    assert "documents ranked" in text
+    assert "3/7" in text

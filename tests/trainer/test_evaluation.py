@@ -1,14 +1,18 @@
 """Rankings against brute force over the library's own calls and, for cut vectors, over float64."""
 
 import json
+import math
 import os
 import random
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytrec_eval
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -16,6 +20,7 @@ from sentence_transformers import MultiVectorEncoder
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from configs.schema import ConfigError
 from losses.maxsim import maxsim
 from tests.conftest import WORDS
 from trainer import evaluation
@@ -133,7 +138,7 @@ def test_several_widths_take_one_encoding(encoder: MultiVectorEncoder, monkeypat
     monkeypatch.setattr(encoder, "encode_document", count)
     retrieval = make_retrieval(10)
     rank(encoder, retrieval, batch_size=4, widths=[64, 16])
-    assert encoded == list(retrieval.corpus.values())
+    assert sorted(encoded) == sorted(retrieval.corpus.values())
 
 
 def test_under_autocast_vectors_are_cut_in_float32(encoder: MultiVectorEncoder) -> None:
@@ -198,6 +203,222 @@ def test_dropout_does_not_touch_a_ranking(encoder: MultiVectorEncoder) -> None:
     assert rank(encoder, retrieval, batch_size=2, widths=[]) == rank(encoder, retrieval, batch_size=2, widths=[])
 
 
+# Ties, broken scores, and what is held
+
+
+@pytest.mark.parametrize("depth", [None, 20])
+@pytest.mark.parametrize("block_documents", [512, 64])
+def test_the_ranking_is_that_of_a_dense_computation_in_float64_ties_included(
+    depth: int | None, block_documents: int, encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrieval = make_many()
+    vectors = on_a_grid(encoder, monkeypatch)
+    [ranking] = rank(
+        encoder, retrieval, batch_size=32, widths=[], depth=depth, block_documents=block_documents
+    ).values()
+    ties = 0
+    for query, scores in dense(retrieval, vectors).items():
+        # Of equal scores, trec_eval puts the higher id first.
+        expected = sorted(scores, key=lambda name: (scores[name], name), reverse=True)[:depth]
+        assert list(ranking[query]) == expected
+        assert list(ranking[query].values()) == [scores[name] for name in expected]
+        ties += len(expected) - len(set(ranking[query].values()))
+    assert ties > len(retrieval.queries)
+
+
+def test_trec_eval_has_the_documents_in_the_order_of_the_ranking(
+    encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrieval = make_many()
+    on_a_grid(encoder, monkeypatch)
+    [ranking] = rank(encoder, retrieval, batch_size=32, widths=[]).values()
+    ranked = ranking["q0"]
+    assert len(set(ranked.values())) < len(ranked) - 20
+    found = {}
+    for document in ranked:
+        [values] = (
+            pytrec_eval.RelevanceEvaluator({"q0": {document: 1}}, {"recip_rank"}).evaluate({"q0": ranked}).values()
+        )
+        found[document] = round(1 / values["recip_rank"])
+    assert found == {document: place for place, document in enumerate(ranked, start=1)}
+
+
+def test_documents_with_the_same_text_are_encoded_once_and_have_the_same_score(
+    encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrieval = make_retrieval(6)
+    twice = replace(retrieval, corpus=retrieval.corpus | {f"e{key}": text for key, text in retrieval.corpus.items()})
+    encoded = count_encoded(encoder, monkeypatch)
+    # Batches of one text, so that two would be padded otherwise if both were encoded.
+    for ranking in rank(encoder, twice, batch_size=1, widths=[])[FULL].values():
+        assert sorted(ranking) == sorted(twice.corpus)
+        assert all(ranking[key] == ranking[f"e{key}"] for key in retrieval.corpus)
+        assert list(ranking)[::2] == [f"e{key}" for key in list(ranking)[1::2]]
+    assert sum(encoded) == 6
+
+
+def make_many() -> RetrievalSet:
+    """200 queries and 500 documents, a tenth of them copies of others; ids in no order."""
+    generator = random.Random(5)
+
+    def text(longest: int) -> str:
+        return " ".join(generator.choices(WORDS, k=generator.randint(1, longest)))
+
+    texts = [text(9) for _ in range(450)]
+    texts += generator.choices(texts, k=50)
+    names = generator.sample(range(10_000), 500)
+    return RetrievalSet(
+        queries={f"q{number}": text(5) for number in range(200)},
+        corpus={f"d{name}": each for name, each in zip(names, texts, strict=True)},
+        judgements={},
+    )
+
+
+def on_a_grid(encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:
+    """Let the encoder round to multiples of 1/16, whose products float32 sums without an error, so that many scores are
+    the same; what it then gives, by text, by side."""
+    vectors: dict[str, dict[str, Tensor]] = {"query": {}, "document": {}}
+
+    def rounded(side: str) -> Any:
+        encode = getattr(encoder, f"encode_{side}")
+
+        def call(texts: list[str], **options: Any) -> list[Tensor]:
+            found = [(16 * each).round() / 16 for each in encode(texts, **options)]
+            vectors[side].update(zip(texts, found, strict=True))
+            return found
+
+        return call
+
+    for side in vectors:
+        monkeypatch.setattr(encoder, f"encode_{side}", rounded(side))
+    return vectors
+
+
+def dense(retrieval: RetrievalSet, vectors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+    """Every score, from all similarities at once, in float64."""
+    documents = [vectors["document"][text].double() for text in retrieval.corpus.values()]
+    ends = torch.tensor([0, *(len(each) for each in documents)]).cumsum(0).tolist()
+    tokens = torch.cat(documents)
+    found = {}
+    for query, text in retrieval.queries.items():
+        similarities = vectors["query"][text].double() @ tokens.T
+        scores = [float(similarities[:, start:stop].amax(dim=1).sum()) for start, stop in pairwise(ends)]
+        found[query] = dict(zip(retrieval.corpus, scores, strict=True))
+    return found
+
+
+def count_encoded(encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many documents each call encodes."""
+    counts: list[int] = []
+    encode = encoder.encode_document
+
+    def count(texts: list[str], **options: Any) -> list[Tensor]:
+        counts.append(len(texts))
+        return list(encode(texts, **options))
+
+    monkeypatch.setattr(encoder, "encode_document", count)
+    return counts
+
+
+@pytest.mark.parametrize("documents", [40, 130])
+def test_the_vectors_of_a_block_are_gone_before_the_next_is_encoded(
+    documents: int, encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    encode, pad = encoder.encode_document, evaluation._pad
+
+    def watch(texts: list[str], **options: Any) -> list[Tensor]:
+        alive.append(sum(each() is not None for each in held))
+        found = list(encode(texts, **options))
+        held.extend(map(weakref.ref, found))
+        return found
+
+    def watch_padded(vectors: list[Tensor], encoder: MultiVectorEncoder) -> tuple[Tensor, Tensor]:
+        padded, mask = pad(vectors, encoder)
+        if alive:  # the queries come first, and stay
+            held.append(weakref.ref(padded))
+        return padded, mask
+
+    monkeypatch.setattr(encoder, "encode_document", watch)
+    monkeypatch.setattr(evaluation, "_pad", watch_padded)
+    rank(encoder, make_retrieval(documents), batch_size=4, widths=[16], block_documents=10)
+    assert alive == [0] * (documents // 10)
+
+
+def test_a_ranking_holds_a_number_a_document_and_makes_one_query_a_dictionary(encoder: MultiVectorEncoder) -> None:
+    ranking = rank(encoder, make_retrieval(30), batch_size=4, widths=[], depth=7)[FULL]
+    assert ranking.best.shape == (3, 7)
+    assert ranking.best.dtype is torch.int64
+    assert ranking["q1"] is not ranking["q1"]
+    assert ranking["q1"] == ranking["q1"]
+    assert "q9" not in ranking
+
+
+@pytest.mark.parametrize("candidates", [False, True])
+def test_a_query_does_not_rank_the_document_of_its_own_id_where_the_set_says_so(
+    candidates: bool, encoder: MultiVectorEncoder
+) -> None:
+    retrieval = make_retrieval(20)
+    own = replace(retrieval, queries={"d3": "what animal meows", "d17": "which fish", "q": "what"})
+    own = replace(own, candidates={query: ["d17", "d3", "d4"] for query in own.queries}) if candidates else own
+    before = rank(encoder, own, batch_size=4, widths=[], block_documents=6)[FULL]
+    without = rank(encoder, replace(own, ignore_identical_ids=True), batch_size=4, widths=[], block_documents=6)[FULL]
+    assert "d3" in before["d3"]
+    assert without == {
+        query: {document: score for document, score in ranking.items() if document != query}
+        for query, ranking in before.items()
+    }
+
+
+def test_a_score_that_is_no_number_is_named(encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrieval = make_retrieval(30)
+    encode = encoder.encode_document
+
+    def broken(texts: list[str], **options: Any) -> list[Tensor]:
+        found = list(encode(texts, **options))
+        if retrieval.corpus["d7"] in texts:
+            found[texts.index(retrieval.corpus["d7"])][0, 0] = math.nan
+        return found
+
+    monkeypatch.setattr(encoder, "encode_document", broken)
+    with pytest.raises(ConfigError, match=r"^the score of query q0 and document d7 is not a number: "):
+        rank(encoder, retrieval, batch_size=4, widths=[], block_documents=4)
+    # Nobody asks for it.
+    rank(encoder, replace(retrieval, candidates={"q0": ["d1"], "q1": [], "q2": ["d8"]}), batch_size=4, widths=[])
+
+
+def test_the_progress_counts_the_texts_of_all_blocks(encoder: MultiVectorEncoder) -> None:
+    told: list[tuple[int, int]] = []
+    rank(
+        encoder,
+        make_retrieval(10),
+        batch_size=4,
+        widths=[],
+        block_documents=4,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_only_candidates_are_encoded(encoder: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = count_encoded(encoder, monkeypatch)
+    rank(encoder, with_candidates(make_retrieval(30)), batch_size=4, widths=[])
+    assert encoded == [6]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_keys_are_in_the_order_of_scores_and_then_of_rows(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(1, 300, generator=generator).mul(4).round().div(4)
+    scores[0, :6] = torch.tensor([0.0, -0.0, 3e38, -3e38, 1e-45, -1e-45])
+    rows = torch.randperm(2**20, generator=generator)[:300]
+    pairs = sorted(zip(scores[0].tolist(), rows.tolist(), strict=True), reverse=True)
+    keys = evaluation._keys(scores, rows).sort(descending=True).values
+    found, found_rows = evaluation._scores_and_rows(keys[0])
+    assert list(zip(found.tolist(), found_rows.tolist(), strict=True)) == pairs
+
+
 # Processes
 
 
@@ -215,11 +436,10 @@ def test_each_of_several_processes_gets_the_rankings_of_one(
         assert list(of_processes[0][number]) == list(expected) == [f"{FULL}", "16", f"bfloat16 {FULL}", "bfloat16 16"]
         for way, rankings in of_processes[0][number].items():
             assert list(rankings) == list(retrieval.queries)
-            assert {query: list(ranking) for query, ranking in rankings.items()} == {
-                query: list(ranking) for query, ranking in expected[way].items()
-            }
-            for query, ranking in rankings.items():
-                assert ranking == pytest.approx(expected[way][query], abs=SCORE)
+            # To the last bit, and in the same order.
+            assert [list(ranking.items()) for ranking in rankings.values()] == [
+                list(ranking.items()) for ranking in expected[way].values()
+            ]
         whole = brute_force(encoder, retrieval)
         for query, ranking in of_processes[0][number][f"{FULL}"].items():
             ranked = whole[query] if retrieval.candidates is None else retrieval.candidates[query]
@@ -242,13 +462,14 @@ def retrievals_of_processes() -> list[RetrievalSet]:
 
 
 def rank_all_ways(encoder: MultiVectorEncoder, retrieval: RetrievalSet) -> dict[str, dict[str, dict[str, float]]]:
-    """Rankings by width, in float32 and under autocast, where one text at a time is padded alike by any process."""
+    """Rankings by width, in float32 and under autocast, where bfloat16 rounds texts otherwise that are padded
+    otherwise."""
     rankings = rank(encoder, retrieval, batch_size=4, widths=[16])
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = rank(encoder, retrieval, batch_size=1, widths=[16])
+        rounded = rank(encoder, retrieval, batch_size=4, widths=[16])
     return {
-        **{f"{width}": ranking for width, ranking in rankings.items()},
-        **{f"bfloat16 {width}": ranking for width, ranking in rounded.items()},
+        **{f"{width}": dict(ranking) for width, ranking in rankings.items()},
+        **{f"bfloat16 {width}": dict(ranking) for width, ranking in rounded.items()},
     }
 
 

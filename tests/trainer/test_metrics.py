@@ -1,15 +1,18 @@
-"""Metrics against values computed by hand and the library's means; the interval against a bootstrap in plain Python."""
+"""Metrics against values computed by hand and trec_eval on the same run file; the interval against a bootstrap in plain
+Python."""
 
+import json
 import random
 import warnings
 from math import log2, sqrt
+from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 
-import ir_measures
 import pytest
+import pytrec_eval
 
-from configs.schema import Metric
-from trainer.metrics import change_interval, means, score_rankings
+from trainer.data.trec import write_run
+from trainer.metrics import change_interval, means, read_scores, score_rankings, write_scores
 
 
 def test_graded_judgements_give_the_metrics_computed_by_hand() -> None:
@@ -58,7 +61,16 @@ def test_a_query_that_is_not_judged_has_no_value() -> None:
     assert list(values.values()) == [{"q0": 1.0}] * 4
 
 
-def test_the_means_are_those_of_ir_measures() -> None:
+def test_documents_that_tie_rank_as_trec_eval_has_them_in_every_metric() -> None:
+    ranking = {f"d{number}": 1.0 for number in range(10)} | {"a": 2.0}
+    values = score_rankings({"q": {"d8": 1}}, {"q": ranking})
+    # Behind a and d9: the higher id first.
+    assert means(values) == pytest.approx(
+        {"ndcg@10": 1 / log2(4), "mrr@10": 1 / 3, "map": 1 / 3, "recall@100": 1.0}, rel=1e-12
+    )
+
+
+def test_the_means_are_those_of_a_loop_over_the_ranks() -> None:
     generator = random.Random(2)
     documents = [f"d{number}" for number in range(150)]
     judgements = {
@@ -70,13 +82,58 @@ def test_the_means_are_those_of_ir_measures() -> None:
         f"q{number}": {name: generator.random() for name in generator.sample(documents, 120)}
         for number in [*range(30), 99]
     }
-    measures = {metric.name: ir_measures.parse_measure(metric.value) for metric in Metric}
-    expected = ir_measures.calc_aggregate(list(measures.values()), judgements, rankings)
-    # Sums of 40 numbers in another order.
-    assert means(score_rankings(judgements, rankings)) == pytest.approx(
-        {name: expected[measure] for name, measure in measures.items()}, rel=1e-12
-    )
+    expected = dict.fromkeys(("ndcg@10", "mrr@10", "map", "recall@100"), 0.0)
+    for query, grades in judgements.items():
+        ranking = rankings.get(query, {})
+        gains = [grades.get(name, 0) for name in sorted(ranking, key=ranking.__getitem__, reverse=True)]
+        ideal = sorted(grades.values(), reverse=True)
+        relevant = sum(grade > 0 for grade in ideal)
+        hits = [rank for rank, gain in enumerate(gains, start=1) if gain > 0]
+        of_query = {
+            "ndcg@10": _gain(gains[:10]) / _gain(ideal[:10]),
+            "mrr@10": 1 / hits[0] if hits and hits[0] <= 10 else 0.0,
+            "map": sum(number / rank for number, rank in enumerate(hits, start=1)) / relevant,
+            "recall@100": sum(rank <= 100 for rank in hits) / relevant,
+        }
+        expected = {name: expected[name] + value / len(judgements) for name, value in of_query.items()}
+    assert means(score_rankings(judgements, rankings)) == pytest.approx(expected, rel=1e-9)
     assert all(0 < value < 1 for value in expected.values())
+
+
+def _gain(gains: list[int]) -> float:
+    return sum(gain / log2(rank + 1) for rank, gain in enumerate(gains, start=1))
+
+
+def test_the_values_are_those_of_trec_eval_on_the_run_file(tmp_path: Path) -> None:
+    generator = random.Random(3)
+    documents = [f"d{number}" for number in range(300)]
+    judgements = {f"q{number}": dict.fromkeys(generator.sample(documents, 5), 1) for number in range(20)}
+    # float32, of which many are the same.
+    rankings = {query: {name: generator.randint(0, 99) / 4 - 9 for name in documents} for query in judgements}
+    values = score_rankings(judgements, rankings)
+    write_run(tmp_path / "run.trec", rankings, name="made")
+    with (tmp_path / "run.trec").open() as file:
+        run = pytrec_eval.parse_run(file)
+    names = {"ndcg@10": "ndcg_cut_10", "map": "map", "recall@100": "recall_100"}
+    expected = pytrec_eval.RelevanceEvaluator(judgements, set(names.values())).evaluate(run)
+    for name, measure in names.items():
+        assert values[name] == pytest.approx({query: own[measure] for query, own in expected.items()}, abs=1e-9)
+    # The reciprocal rank of a run that is cut at 10, as trec_eval -M 10 does.
+    cut = {
+        query: {name: own[name] for name in sorted(own, key=lambda name: (own[name], name), reverse=True)[:10]}
+        for query, own in run.items()
+    }
+    expected = pytrec_eval.RelevanceEvaluator(judgements, {"recip_rank"}).evaluate(cut)
+    assert values["mrr@10"] == pytest.approx({query: own["recip_rank"] for query, own in expected.items()}, abs=1e-9)
+    assert 0.0 in values["mrr@10"].values()
+
+
+def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
+    values = {"ndcg@10": {"q\u20281": 1 / 3, "7": 0.0}, "ndcg@10/64": {"q\u20281": 0.1, "7": 1.0}}
+    write_scores(tmp_path / "scores.jsonl", values)
+    assert read_scores(tmp_path / "scores.jsonl") == values
+    first, _ = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert json.loads(first) == {"query": "q\u20281", "ndcg@10": 1 / 3, "ndcg@10/64": 0.1}
 
 
 # The interval

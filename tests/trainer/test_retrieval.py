@@ -1,6 +1,7 @@
 """Retrieval sets: what becomes of a table of examples, and of several sets."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -127,3 +128,14 @@ def test_each_query_of_several_sets_ranks_what_it_ranks_in_its_own() -> None:
             "three/q0": ["three/d0", "three/d1"],
         },
     )  # fmt: skip
+
+
+def test_of_several_sets_one_may_ignore_identical_ids_and_each_keeps_its_unjudged_queries() -> None:
+    own = replace(PAIRS, queries={"d0": "what"}, judgements={"d0": {"d1": 1}}, unjudged=frozenset({"q7"}))
+    ignoring = replace(own, ignore_identical_ids=True)
+    union = RetrievalSet.union({"one": own, "two": ignoring})
+    assert union.candidates == {"one/d0": ["one/d0", "one/d1"], "two/d0": ["two/d1"]}
+    assert union.unjudged == {"one/q7", "two/q7"}
+    assert not union.ignore_identical_ids
+    ranked = replace(ignoring, candidates={"d0": ["d1", "d0"]})
+    assert RetrievalSet.union({"one": own, "two": ranked}).candidates == union.candidates
