@@ -383,7 +383,7 @@ def test_the_published_figures_are_of_all_sets_of_their_benchmark() -> None:
         (["device=cpu", "precision=fp16"], "precision=fp16 needs a GPU: use float32 or bf16"),
         (["optimizer.learning_rate=1"], "optimizer.learning_rate=1 has no effect on a score: give keys of "),
         (["data.document_length=9"], "data.document_length=9 is read in training alone: set backbone.document_length"),
-        (["dat.path=x"], "dat.path is no key"),
+        (["dat.path=x"], "dat is no key; the nearest is data"),
         (["model=nowhere/at/all"], "backbone.name=nowhere/at/all is neither a folder"),
         (["data=scifact,nfcorpus", "candidates=a.trec"], "candidates=a.trec is a run for one set, and 2 are scored"),
         (["candidates=none.trec"], "candidates=none.trec: there is no "),
@@ -429,12 +429,13 @@ def test_judgements_of_another_corpus_are_counted_and_the_first_named(
 
 
 def test_a_score_that_is_no_number_names_query_and_document(
-    score: Callable[..., tuple[int, str, str]], model: Path, tmp_path: Path
+    score: Callable[..., tuple[int, str, str]], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken"
     MultiVectorEncoder(str(model), device="cpu").save_pretrained(str(broken), create_model_card=False)
     [head] = broken.glob("*_Dense/model.safetensors")
     save_file({name: torch.full_like(each, math.nan) for name, each in load_file(head).items()}, head)
+    capsys.readouterr()
     error = error_of(score(f"model={broken}"))
     assert error.startswith("the score of query q0 and document d")
     assert " is not a number: " in error
