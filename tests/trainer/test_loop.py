@@ -38,6 +38,7 @@ from trainer.data.batches import StepBatches
 from trainer.data.retrieval import RetrievalSet
 from trainer.data.tables import with_texts
 from trainer.encoding import encode_batch
+from trainer.evaluation import Progress
 from trainer.loop import Stopped, TrainingError, build_batches, count_steps, train
 from trainer.metrics import change_interval
 from trainer.optim import freeze
@@ -713,7 +714,13 @@ class Script:
         self.vectors: list[Tensor] = []
 
     def __call__(
-        self, encoder: MultiVectorEncoder, retrieval: RetrievalSet, *, batch_size: int, widths: Sequence[int]
+        self,
+        encoder: MultiVectorEncoder,
+        retrieval: RetrievalSet,
+        *,
+        batch_size: int,
+        widths: Sequence[int],
+        progress: Progress,
     ) -> dict[str, dict[str, float]]:
         self.vectors.append(encoder.encode_document(["a cat, a dog."])[0])
         score = next(self.scores)
