@@ -4,9 +4,11 @@
     python scripts/evaluate.py model=colbertv2 data=scifact,nfcorpus output_dir=scores
     python scripts/evaluate.py model=colbertv2 data=scifact candidates=bm25.trec output_dir=reranked
     python scripts/evaluate.py model=colbertv2 benchmark=beir sets=scifact,fiqa output_dir=beir
+    python scripts/evaluate.py model=bm25 data=scifact output_dir=bm25
     accelerate launch --multi_gpu scripts/evaluate.py model=outputs/<name>/model benchmark=nanobeir output_dir=nano
 
-model= is a folder, a Hub name or a member of configs/backbone; keys of data, backbone and head are those of train.py.
+model= is a folder, a Hub name or a member of configs/backbone, or bm25 (pip install -e ".[mining]"), whose run.trec may
+be ranked again by another; keys of data, backbone and head are those of train.py.
 What is scored is what a run with these keys is scored on. Of a BEIR folder data.evaluation_split names the judgements,
 and data.split alone does as well, since nothing is trained on. benchmark=beir or nanobeir takes the public sets, or
 those of sets=, from folders of their names under data.root, else from the Hub, and puts nDCG@10 beside published
@@ -26,7 +28,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -51,16 +53,20 @@ from sentence_transformers import MultiVectorEncoder
 from architectures.layouts import read_checkpoint
 from configs.reference import explain_composition
 from configs.schema import Config, ConfigError, DataFormat, Metric, Precision, assignment, explain
+from scripts.bm25 import rank_by_bm25
 from scripts.models import CONFIGS, build_model, compose_config
 from trainer.console import fail, make_console
 from trainer.data import load_evaluation
 from trainer.data.files import find
+from trainer.data.retrieval import RetrievalSet
 from trainer.data.trec import unfit_id, with_candidates, write_run
 from trainer.display import counting, print_facts
-from trainer.evaluation import BLOCK_DOCUMENTS, rank
-from trainer.metrics import means, score_rankings, write_scores
+from trainer.evaluation import BLOCK_DOCUMENTS, Ranking, rank
+from trainer.metrics import DEPTH, means, score_rankings, write_scores
 from trainer.plan import build_accelerator
 
+# What model= names where no model is asked for.
+BM25 = "bm25"
 BENCHMARKS = Path(__file__).with_name("benchmarks.yaml")
 RUN, SCORES, RESULT = "run.trec", "scores.jsonl", "result.json"
 UNFINISHED = ".unfinished"
@@ -148,6 +154,9 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
         f"device={options.device} must be cpu or cuda": options.device not in (None, "cpu", "cuda"),
         "device=cuda: this machine has no GPU that torch can use: leave it out, or give device=cpu": (
             options.device == "cuda" and not torch.cuda.is_available()
+        ),
+        "model=bm25 ranks the whole corpus: leave candidates= out": (
+            options.model == BM25 and options.candidates is not None
         ),
         "precision=fp16 needs a GPU: use float32 or bf16": (
             options.precision is Precision.fp16 and (options.device == "cpu" or not torch.cuda.is_available())
@@ -247,7 +256,8 @@ def score_all(options: Options, jobs: list[Job], accelerator: Accelerator, *, co
     for job in jobs:
         try:
             if built is None or (built.backbone, built.head) != (job.config.backbone, job.config.head):
-                encoder, built = load(job.config, accelerator, console), job.config
+                encoder = None if options.model == BM25 else load(job.config, accelerator, console)
+                built = job.config
             if result := score(encoder, job, options, accelerator, console, command=command):
                 results[job.name] = result
         except ConfigError as error:
@@ -281,7 +291,7 @@ def load(config: Config, accelerator: Accelerator, console: Console) -> MultiVec
 
 
 def score(
-    encoder: MultiVectorEncoder,
+    encoder: MultiVectorEncoder | None,
     job: Job,
     options: Options,
     accelerator: Accelerator,
@@ -291,7 +301,8 @@ def score(
 ) -> dict[str, Any] | None:
     """Rank a set, write what came of it, and return what result.json holds, on the main process.
 
-    What is raised before the ranking is raised on every process, or they would wait for each other.
+    encoder: None is BM25, by which the main process ranks alone. What is raised before the ranking is raised on every
+    process, or they would wait for each other.
     """
     retrieval, warnings = load_evaluation(job.config.data)
     if problem := unfit_id(retrieval):
@@ -306,20 +317,18 @@ def score(
     for warning in warnings:
         console.print(f"warning: {warning}")
     started = time.perf_counter()
-    with accelerator.autocast(), counting(console, f"{job.name}: documents ranked", line_seconds=10) as ranked:
-        [ranking] = rank(
-            encoder,
-            retrieval,
-            batch_size=options.batch_size,
-            widths=(),
-            block_documents=options.block,
-            progress=ranked,
-        ).values()
+    ranking: Mapping[str, dict[str, float]] = {}
+    if encoder is None and accelerator.is_main_process:
+        ranking = rank_by_bm25(retrieval.queries, retrieval.corpus, depth=DEPTH + 1, asked=f"model={BM25}")
+        ranking = {query: _without_itself(query, own, retrieval) for query, own in ranking.items()}
+    elif encoder is not None:
+        ranking = rank_by_model(encoder, job, retrieval, options, accelerator, console)
     seconds = time.perf_counter() - started
     if not accelerator.is_main_process:
         return None
     values = score_rankings(retrieval.judgements, ranking)
-    queries, documents = len(retrieval.queries), len(ranking.document_ids)
+    queries = len(retrieval.queries)
+    documents = len(retrieval.corpus if retrieval.candidates is None else set().union(*retrieval.candidates.values()))
     result = {
         "model": options.model,
         "model_overrides": job.model,
@@ -342,6 +351,33 @@ def score(
         write_scores(folder / SCORES, values)
         (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def rank_by_model(
+    encoder: MultiVectorEncoder,
+    job: Job,
+    retrieval: RetrievalSet,
+    options: Options,
+    accelerator: Accelerator,
+    console: Console,
+) -> Ranking:
+    """Every process calls it."""
+    with accelerator.autocast(), counting(console, f"{job.name}: documents ranked", line_seconds=10) as ranked:
+        [ranking] = rank(
+            encoder,
+            retrieval,
+            batch_size=options.batch_size,
+            widths=(),
+            block_documents=options.block,
+            progress=ranked,
+        ).values()
+    return ranking
+
+
+def _without_itself(query: str, ranking: dict[str, float], retrieval: RetrievalSet) -> dict[str, float]:
+    """The best documents, without that of the query's own id where the set says so."""
+    kept = [key for key in ranking if key != query or not retrieval.ignore_identical_ids][:DEPTH]
+    return {key: ranking[key] for key in kept}
 
 
 @contextmanager

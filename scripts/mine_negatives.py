@@ -36,6 +36,7 @@ from sentence_transformers import MultiVectorEncoder
 from architectures.layouts import read_checkpoint
 from configs.reference import explain_composition
 from configs.schema import ConfigError, explain
+from scripts.bm25 import rank_by_bm25
 from scripts.models import CONFIGS, compose_config, load_model
 from trainer.console import make_console
 from trainer.data import load_data
@@ -187,7 +188,10 @@ def mined_rows(
         ).values()
         return dict(ranking)
 
-    candidates = bm25(queries, corpus, options.top) if options.candidates == "bm25" else None
+    candidates = None
+    if options.candidates == "bm25":
+        rankings = rank_by_bm25(queries, corpus, depth=options.top, asked="candidates=bm25")
+        candidates = {query: list(own) for query, own in rankings.items()}
     found = {query: dict[str, float]() for query in queries} | scored(candidates, options.top)
     # Few positives are not found: to encode them all again would double the time where each document answers a query.
     unfound = {query: [key for key in positives[query] if key not in found[query]] for query in queries}
@@ -219,32 +223,6 @@ def texts_by_id(table: datasets.Dataset, rows: "np.ndarray[Any, np.dtype[np.int6
     texts = dict(zip(map(str, column(chosen, "identity").tolist()), values(chosen, "text"), strict=True))
     texts.pop(str(identity("")), None)
     return texts
-
-
-def bm25(queries: dict[str, str], corpus: dict[str, str], top: int) -> dict[str, list[str]]:
-    """Ids of the documents that BM25 (Lucene's variant, k1 0.9, b 0.4, Porter's stemmer) ranks first, by query id.
-
-    Those that share no word with the query are none of them, and a query without any is left out.
-    Raises ConfigError without the extra `mining`, or where the documents have no word.
-    """
-    try:
-        import bm25s
-        import Stemmer
-    except ImportError as error:
-        raise ConfigError(f'candidates=bm25 needs {error.name}: pip install -e ".[mining]"') from error
-
-    tokenize = {"stopwords": "en", "stemmer": Stemmer.Stemmer("porter"), "show_progress": False}
-    documents = bm25s.tokenize(list(corpus.values()), **tokenize)
-    if not any(map(len, documents.ids)):
-        raise ConfigError("candidates=bm25: no document has a word that BM25 counts: set candidates=maxsim")
-    index = bm25s.BM25(k1=0.9, b=0.4)
-    index.index(documents, show_progress=False)
-    tokens = bm25s.tokenize(list(queries.values()), **tokenize)
-    ids = np.array(list(corpus))
-    rows, scores = index.retrieve(tokens, k=min(top, len(corpus)), show_progress=False)
-    return {
-        query: ids[own[of > 0]].tolist() for query, own, of in zip(queries, rows, scores, strict=True) if of.max() > 0
-    }
 
 
 if __name__ == "__main__":

@@ -307,6 +307,26 @@ def test_a_run_with_unknown_ids_is_counted_and_the_first_named(
     assert not (tmp_path / "scores").exists()
 
 
+def test_bm25_is_scored_like_a_model_and_its_run_ranked_again_by_one(
+    score: Callable[..., tuple[int, str, str]], beir: Path, tmp_path: Path
+) -> None:
+    status, printed, error = score("model=bm25", f"output_dir={tmp_path}/bm25")
+    assert (status, error) == (0, "")
+    result = json.loads(printed.splitlines()[-1])
+    expected = trec_eval(tmp_path / "bm25" / "run.trec", read_qrels(beir))
+    for name in METRICS:
+        assert result[name] == pytest.approx(math.fsum(expected[name].values()) / QUERIES, abs=1e-9)
+    rows = [line.split() for line in (tmp_path / "bm25" / "run.trec").read_text().splitlines()]
+    assert [row[0] for row in rows] == sorted((row[0] for row in rows), key=list(read_qrels(beir)).index)
+    for query in read_qrels(beir):
+        ranked = [(float(row[4]), row[2]) for row in rows if row[0] == query]
+        assert ranked == sorted(ranked, reverse=True)
+    status, printed, error = score(f"candidates={tmp_path}/bm25/run.trec")
+    assert (status, error) == (0, "")
+    again = [line.split()[:3:2] for line in (tmp_path / "scores" / "run.trec").read_text().splitlines()]
+    assert sorted(again) == sorted(row[:3:2] for row in rows)
+
+
 # Benchmarks
 
 
