@@ -254,7 +254,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     from accelerate.utils import set_seed
     from transformers.utils import logging as transformers_logging
 
-    from architectures.doctor import describe_modules, diagnose
+    from architectures.doctor import describe_modules, diagnose, head_parameters
     from architectures.export import loading_lines
     from architectures.factory import build_encoder
     from losses.factory import build_loss
@@ -321,7 +321,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
                 tracker=tracker,
                 console=console,
             )
-            result["maxsim"] = backend
+            result |= {"maxsim": backend, "head_parameters": head_parameters(encoder), "embedding_size": width}
             folder.write_result(result)
             tracker.finish(result)
             command = shlex.join(["python", "train.py", *sys.argv[1:]])

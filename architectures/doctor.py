@@ -48,10 +48,14 @@ def describe_module(module: nn.Module) -> str:
     return "unit length"
 
 
+def head_parameters(encoder: MultiVectorEncoder) -> int:
+    """How many parameters the layers of the head have."""
+    return sum(parameter.numel() for layer in head_of(encoder) for parameter in layer.parameters())
+
+
 def diagnose(encoder: MultiVectorEncoder) -> dict[str, str]:
     """The facts of the head, by name."""
-    layers = head_of(encoder)
-    trained = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    layers, trained = head_of(encoder), head_parameters(encoder)
     widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
     width = widths[-1]
     return {

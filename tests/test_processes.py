@@ -170,6 +170,8 @@ def test_two_processes_leave_one_run_and_say_everything_once(run_of: Callable[[i
         "metrics.jsonl",
         "model",
         "result.json",
+        "scores.jsonl",
+        "scores_before.jsonl",
     }
     assert [line["step"] for line in ours.metrics()] == [0, 1, 2, 3]
     assert ours.result()["processes"] == 2

@@ -140,13 +140,13 @@ def assert_equal(folder: Path, straight: Path) -> None:
     weights = {name for name in theirs if name.endswith(".safetensors")}
     assert len(weights) == 4  # of the backbone and of the head, last and best
     assert {name for name in ours if name.endswith(".safetensors")} == weights
-    for name in sorted(weights):
+    for name in (*sorted(weights), "scores.jsonl", "scores_before.jsonl"):
         assert ours[name] == theirs[name], name
     results = [read_json(path / "result.json") for path in (folder, straight)]
     for result, path in zip(results, (folder, straight), strict=True):
         assert path.parent / result["model"] == path / "model"
         assert path.parent / result["best"].pop("model") == path / "best"
-    for key in ("best", "steps", "queries", "before", "after", "change", "padding_fraction"):
+    for key in ("best", "steps", "queries", "before", "after", "change", "evaluation_id", "padding_fraction"):
         assert results[0][key] == results[1][key], key
     # Nothing is left half written, and nothing that only a resumed run needs.
     assert {path.name for path in folder.iterdir()} == {path.name for path in straight.iterdir()}
@@ -267,6 +267,14 @@ def test_a_killed_run_on_a_mix_with_drawn_negatives_goes_on_within_the_epochs_of
     weights = {name for name in theirs if name.endswith(".safetensors")}
     assert len(weights) == 2
     assert all(ours[name] == theirs[name] for name in weights)
+
+
+def test_a_killed_run_without_the_scores_that_it_began_with_says_so(killed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "run"))
+    (folder / "scores_before.jsonl").unlink()
+    done = type_here(f"resume={folder}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {folder}/scores_before.jsonl cannot be read (")
 
 
 # --- stopped ---

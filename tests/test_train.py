@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -94,6 +95,7 @@ def test_the_embedded_default_trains_real_weights_and_leaves_a_model_that_stock_
     assert result["queries"] == 15
     assert result["processes"] == 1
     assert result["maxsim"] == "reference"
+    assert (result["head_parameters"], result["embedding_size"]) == (384 * 128, 128)
     assert 0.4 < result["before"]["ndcg@10"] < 1
     assert result["after"]["ndcg@10"] != result["before"]["ndcg@10"]
     assert 0 <= result["padding_fraction"] < 1
@@ -104,6 +106,11 @@ def test_the_embedded_default_trains_real_weights_and_leaves_a_model_that_stock_
     assert lines[0]["eval/ndcg@10"] == result["before"]["ndcg@10"]
     assert lines[2]["eval/ndcg@10"] == result["after"]["ndcg@10"]
     assert all(line["train/loss"] > 0 for line in lines[1:])
+    for name, means in (("scores_before.jsonl", result["before"]), ("scores.jsonl", result["after"])):
+        scores = read_lines(output / name)
+        assert [row["query"] for row in scores] == [f"q{number}" for number in range(len(scores))]
+        for metric, mean in means.items():
+            assert fmean(row[metric] for row in scores) == pytest.approx(mean, rel=1e-12), metric
 
     code = (
         "from sentence_transformers import MultiVectorEncoder\n"

@@ -40,10 +40,6 @@ class Progress:
     """Metrics before training."""
     after: dict[str, float] | None = None
     """Metrics at the last evaluation."""
-    before_by_query: list[float] = field(default_factory=list)
-    """The value of evaluation.metric of each query before training."""
-    after_by_query: list[float] = field(default_factory=list)
-    """The same at the last evaluation."""
     evaluation_id: int = 0
     """Of the queries that both were scored on; 0 without any."""
     best: float | None = None

@@ -30,9 +30,10 @@ from trainer.display import ProgressDisplay, counting
 from trainer.encoding import TrainedModel, encode_batch
 from trainer.evaluation import evaluate
 from trainer.grad_cache import GradCache
-from trainer.metrics import change_interval, means
+from trainer.metrics import means
 from trainer.optim import build_optimizer, build_schedule, learning_rates
-from trainer.run_folder import BEST, MODEL, RunFolder
+from trainer.run_folder import BEST, MODEL, SCORES, SCORES_BEFORE, RunFolder
+from trainer.significance import change_interval
 from trainer.stop import StopWish
 from trainer.tracker import Tracker
 
@@ -119,20 +120,21 @@ def train(
     model, optimizer = accelerator.prepare(whole, optimizer)
     cached, watched = config.trainer.cache_tokens is not None, config.evaluation.metric.name
 
+    scores: dict[str, dict[str, float]] = {}  # of each query, at the last evaluation
+
     def score() -> dict[str, float] | None:
-        """The metrics; of the watched one the value of each query is kept, as the last and, at first, as the first."""
+        nonlocal scores
         if evaluation is None:
             return None
         with accelerator.autocast(), counting(console, "documents ranked") as ranked:
-            values = evaluate(
+            scores = evaluate(
                 encoder,
                 evaluation,
                 batch_size=config.evaluation.batch_size,
                 widths=config.loss.matryoshka.widths[1:],
                 progress=ranked,
             )
-        done.after_by_query = list(values[watched].values())
-        return means(values)
+        return means(scores)
 
     evaluation_id = identity("\n".join(evaluation.queries.values())) if evaluation is not None else 0
     if done.step > 0 and done.evaluation_id != evaluation_id:
@@ -143,9 +145,11 @@ def train(
     done.evaluation_id = evaluation_id
     if done.step == 0:
         done.before = done.after = score()
-        done.before_by_query = done.after_by_query
+        if done.before is not None:
+            folder.write_scores(SCORES_BEFORE, scores)
         folder.log(0, _prefixed("eval", done.before))
         tracker.log(0, _prefixed("eval", done.before))
+    scores_before = scores if done.step == 0 or done.before is None else folder.scores(SCORES_BEFORE)
     if done.before is not None:
         console.print(f"before  {_one_line(done.before)}")
     # A generator of its own, or the loader would draw from the one of dropout.
@@ -232,7 +236,8 @@ def train(
         best = {"model": str(best_path), "step": done.best_step, watched: done.best}
     interval = None
     if done.before is not None and done.after is not None:
-        low, high = change_interval(done.before_by_query, done.after_by_query)
+        folder.write_scores(SCORES, scores)
+        low, high = change_interval(*(list(each[watched].values()) for each in (scores_before, scores)))
         interval = {"metric": watched, "change": done.after[watched] - done.before[watched], "low": low, "high": high}
     return {
         "model": str(path),
@@ -244,6 +249,7 @@ def train(
         "before": done.before,
         "after": done.after,
         "change": interval,
+        "evaluation_id": done.evaluation_id,
         **_rates(done.totals),
         "peak_memory_bytes": max(gather_object([peak_memory_bytes(accelerator.device)])),
     }

@@ -1,15 +1,14 @@
-"""Retrieval metrics from trec_eval's own code, by way of pytrec_eval, and how sure a change of one is."""
+"""Retrieval metrics from trec_eval's own code, by way of pytrec_eval, and the file that keeps them by query."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import pytrec_eval
-from scipy.stats import bootstrap
 
-from configs.schema import Metric
+from configs.schema import ConfigError, Metric
 
 # Documents ranked for each query, as trec_eval's runs usually are: MAP reads them all.
 DEPTH = 1000
@@ -36,6 +35,11 @@ def score_rankings(
     return values
 
 
+def means(values: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the mean over the queries of every metric, by its name, from what `score_rankings` returns."""
+    return {name: fmean(by_query.values()) for name, by_query in values.items()}
+
+
 def write_scores(path: Path, values: dict[str, dict[str, float]]) -> None:
     """Write what `score_rankings` returns as JSON lines, one a judged query."""
     queries = next(iter(values.values()))
@@ -44,25 +48,39 @@ def write_scores(path: Path, values: dict[str, dict[str, float]]) -> None:
 
 
 def read_scores(path: Path) -> dict[str, dict[str, float]]:
-    """Return what `write_scores` wrote: the value of each judged query, by query id, by the metric's name."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {name: {line["query"]: line[name] for line in lines} for name in lines[0] if name != "query"}
+    """Return what `write_scores` wrote: the value of each judged query, by query id, by the metric's name.
 
-
-def means(values: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the mean over the queries of every metric, by its name, from what `score_rankings` returns."""
-    return {name: fmean(by_query.values()) for name, by_query in values.items()}
-
-
-def change_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean of after - before (Efron and Tibshirani 1993, ch. 13).
-
-    before, after: a metric's value for each query, the same queries in the same order. What is drawn anew, 9,999 times,
-    is the set of queries, so the interval says nothing of other seeds. A single query has an interval without width.
+    Raises ConfigError that names the line of what no such file holds.
     """
-    differences = np.array([new - old for old, new in zip(before, after, strict=True)])
-    if len(differences) == 1:
-        return float(differences[0]), float(differences[0])
-    # In batches, which change no number: at once, 10,000 queries would be copied 9,999 times, to 800 MB.
-    drawn = bootstrap((differences,), np.mean, n_resamples=9999, method="percentile", rng=0, batch=100)
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): give a file of scores") from error
+    values: dict[str, dict[str, float]] = {}
+    for number, line in enumerate(lines, start=1):
+        query, own = _scores_of(line, f"{path}:{number}")
+        if number == 1:
+            values = {name: {} for name in own}
+        if own.keys() != values.keys():
+            raise ConfigError(f"{path}:{number} has {', '.join(own)}, and the first line {', '.join(values)}: mend it")
+        for name, value in own.items():
+            if query in values[name]:
+                raise ConfigError(f"{path}:{number}: query={query} stands here for the second time: remove one")
+            values[name][query] = value
+    if not values:
+        raise ConfigError(f"{path} holds no score: give a file with a line a query")
+    return values
+
+
+def _scores_of(line: str, place: str) -> tuple[str, dict[str, float]]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place} is no JSON ({error}): mend or remove the line") from error
+    if not isinstance(row, dict) or not isinstance(row.get("query"), str) or len(row) < 2:
+        raise ConfigError(f"{place} must be an object of query, a text, and its metrics, numbers by name")
+    query = row.pop("query")
+    for name, value in row.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{place}: query={query} has {name}={value}, which must be a finite number")
+    return query, row

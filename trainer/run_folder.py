@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from configs.schema import Config, ConfigError, save_config
+from trainer.metrics import read_scores, write_scores
 
 if TYPE_CHECKING:  # checked before this slow import is made
     from sentence_transformers import MultiVectorEncoder
@@ -19,8 +20,10 @@ if TYPE_CHECKING:  # checked before this slow import is made
     from trainer.checkpoint import TrainState
 
 CONFIG, METRICS, RESULT, FAILED_BATCH = "config.yaml", "metrics.jsonl", "result.json", "failed_batch.jsonl"
+# Each query's metrics, of the last model and of the untrained one.
+SCORES, SCORES_BEFORE = "scores.jsonl", "scores_before.jsonl"
 MODEL, BEST, CHECKPOINTS = "model", "best", "checkpoints"
-LEFT = (RESULT, CONFIG, METRICS, FAILED_BATCH, MODEL, BEST, CHECKPOINTS)
+LEFT = (RESULT, CONFIG, METRICS, FAILED_BATCH, SCORES, SCORES_BEFORE, MODEL, BEST, CHECKPOINTS)
 LOCK = ".lock"
 # Beside a model's own files: after which step it was saved.
 STEP = "step.json"
@@ -31,7 +34,8 @@ UNREADABLE = ".unreadable"
 
 
 class RunFolder:
-    """outputs/<name>/{config.yaml, metrics.jsonl, checkpoints/, model/, best/, result.json}
+    """outputs/<name>/{config.yaml, metrics.jsonl, scores_before.jsonl, checkpoints/, model/, best/, scores.jsonl,
+    result.json}
 
     resume: go on with the run that the folder holds, instead of a new one.
     """
@@ -148,6 +152,16 @@ class RunFolder:
             kept.append(line)
         with self._placed(METRICS) as path:
             path.write_text("".join(kept), encoding="utf-8")
+
+    def write_scores(self, name: str, values: dict[str, dict[str, float]]) -> None:
+        """Write the metrics of each query: values, by query id, by the metric's name."""
+        if self._main:
+            with self._placed(name) as path:
+                write_scores(path, values)
+
+    def scores(self, name: str) -> dict[str, dict[str, float]]:
+        """What `write_scores` wrote. Raises ConfigError where that is not there."""
+        return read_scores(self.path / name)
 
     def save_model(self, encoder: "MultiVectorEncoder", name: str, *, step: int) -> Path:
         """Write the model of a step as a folder that `MultiVectorEncoder` loads, and return it."""

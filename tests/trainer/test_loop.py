@@ -40,9 +40,9 @@ from trainer.data.tables import with_texts
 from trainer.encoding import encode_batch
 from trainer.evaluation import Progress
 from trainer.loop import Stopped, TrainingError, build_batches, count_steps, train
-from trainer.metrics import change_interval
 from trainer.optim import freeze
 from trainer.run_folder import RunFolder
+from trainer.significance import change_interval
 from trainer.tracker import Tracker
 
 MakeConfig = Callable[..., Config]
@@ -657,6 +657,7 @@ def test_the_result_says_what_the_run_did(encoder: MultiVectorEncoder, make_conf
         "before",
         "after",
         "change",
+        "evaluation_id",
         "peak_memory_bytes",
     }
     seconds = sum(line["train/seconds"] for line in steps)

@@ -1,18 +1,16 @@
-"""Metrics against values computed by hand and trec_eval on the same run file; the interval against a bootstrap in plain
-Python."""
+"""Metrics against values computed by hand and trec_eval on the same run file; what is written is read again."""
 
 import json
 import random
-import warnings
-from math import log2, sqrt
+from math import log2
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
 
 import pytest
 import pytrec_eval
 
+from configs.schema import ConfigError
 from trainer.data.trec import write_run
-from trainer.metrics import change_interval, means, read_scores, score_rankings, write_scores
+from trainer.metrics import means, read_scores, score_rankings, write_scores
 
 
 def test_graded_judgements_give_the_metrics_computed_by_hand() -> None:
@@ -128,58 +126,44 @@ def test_the_values_are_those_of_trec_eval_on_the_run_file(tmp_path: Path) -> No
     assert 0.0 in values["mrr@10"].values()
 
 
+# The file
+
+
 def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
-    values = {"ndcg@10": {"q\u20281": 1 / 3, "7": 0.0}, "ndcg@10/64": {"q\u20281": 0.1, "7": 1.0}}
+    values = {"ndcg@10": {"q2": 1 / 3, "q 1": 0.0}, "ndcg@10/64": {"q2": 2 / 7, "q 1": 1.0}}
     write_scores(tmp_path / "scores.jsonl", values)
-    assert read_scores(tmp_path / "scores.jsonl") == values
-    first, _ = (tmp_path / "scores.jsonl").read_text().splitlines()
-    assert json.loads(first) == {"query": "q\u20281", "ndcg@10": 1 / 3, "ndcg@10/64": 0.1}
+    read = read_scores(tmp_path / "scores.jsonl")
+    assert read == values
+    assert [list(by_query) for by_query in read.values()] == [["q2", "q 1"]] * 2
+    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"query": "q2", "ndcg@10": 1 / 3, "ndcg@10/64": 2 / 7}
+    assert len(lines) == 2
 
 
-# The interval
+FIRST = '{"query": "q1", "map": 0.5}'
 
 
-def draw_values(queries: int) -> tuple[list[float], list[float]]:
-    """Values of a metric before and after, by query; the change is skewed."""
-    generator = random.Random(3)
-    before = [generator.random() for _ in range(queries)]
-    return before, [value + generator.expovariate(10) - 0.05 for value in before]
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], " holds no score: give a file with a line a query"),
+        ([FIRST, '{"query": '], ":2 is no JSON (Expecting value: line 1 column 11 (char 10)): mend or remove the line"),
+        ([FIRST, "[1]"], ":2 must be an object of query, a text, and its metrics, numbers by name"),
+        (['{"map": 0.5}'], ":1 must be an object of query, a text, and its metrics, numbers by name"),
+        ([FIRST, '{"query": "q2", "map": NaN}'], ":2: query=q2 has map=nan, which must be a finite number"),
+        ([FIRST, '{"query": "q2", "map": "0.5"}'], ":2: query=q2 has map=0.5, which must be a finite number"),
+        ([FIRST, '{"query": "q2", "mrr@10": 1}'], ":2 has mrr@10, and the first line map: mend it"),
+        ([FIRST, FIRST], ":2: query=q1 stands here for the second time: remove one"),
+    ],
+)
+def test_what_is_no_file_of_scores_is_named_by_its_line(lines: list[str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(ConfigError) as caught:
+        read_scores(path)
+    assert str(caught.value) == f"{path}{message}"
 
 
-def test_the_interval_is_that_of_a_bootstrap_in_plain_python() -> None:
-    before, after = draw_values(30)
-    changes = [new - old for old, new in zip(before, after, strict=True)]
-    generator = random.Random(4)
-    drawn = sorted(fmean(generator.choices(changes, k=30)) for _ in range(9999))
-    # Of 9,999 draws a 2.5 % percentile has a standard error of sqrt(0.025 * 0.975 / 9999) / 0.058, the normal density
-    # there: 0.027 spreads of the drawn means; of two such runs' difference 0.038.
-    tolerance = 0.1 * stdev(drawn)
-    assert change_interval(before, after) == pytest.approx((drawn[249], drawn[9749]), abs=tolerance)
-
-
-def test_the_interval_of_many_queries_is_the_normal_one_of_the_paired_change() -> None:
-    before, after = draw_values(2000)
-    changes = [new - old for old, new in zip(before, after, strict=True)]
-    half = NormalDist().inv_cdf(0.975) * stdev(changes) / sqrt(len(changes))
-    low, high = change_interval(before, after)
-    assert (low, high) == pytest.approx((fmean(changes) - half, fmean(changes) + half), abs=0.1 * half)
-    # Before and after swapped, the change is the opposite one.
-    assert change_interval(after, before) == pytest.approx((-high, -low), abs=0.1 * half)
-
-
-def test_the_interval_is_the_same_each_time() -> None:
-    assert change_interval(*draw_values(20)) == change_interval(*draw_values(20))
-
-
-@pytest.mark.parametrize("queries", [1, 2, 40])
-@pytest.mark.parametrize("change", [0.0, 0.25])
-def test_equal_changes_have_an_interval_without_width(queries: int, change: float) -> None:
-    before = [number / 64 for number in range(queries)]  # exact in binary, so that all differences are the same
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert change_interval(before, [value + change for value in before]) == (change, change)
-
-
-def test_queries_before_and_after_must_be_the_same() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        change_interval([0.5, 0.6], [0.7])
+def test_scores_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read \(.*No such file.*\): give a file of scores"):
+        read_scores(tmp_path / "none.jsonl")

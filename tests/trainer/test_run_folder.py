@@ -379,7 +379,7 @@ def test_a_new_run_keeps_the_files_that_are_no_runs(make_config: MakeConfig) -> 
 def test_overwrite_replaces_what_a_run_writes_and_nothing_else(make_config: MakeConfig) -> None:
     folder = make_folder(make_config, "overwrite=true")
     ours = ["config.yaml", "metrics.jsonl", "result.json", "failed_batch.jsonl", "model/weights", "best/weights"]
-    ours += ["checkpoints/state.json"]
+    ours += ["checkpoints/state.json", "scores.jsonl", "scores_before.jsonl"]
     foreign = ["notes.txt", "models/weights", "metrics.jsonl.bak"]
     fill(folder.path, *ours, *foreign)
     folder.open()
