@@ -556,8 +556,13 @@ def assignment(key: str, text: str) -> str:
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Value in the one and in the other by dotted key, where they differ; a list counts as a whole."""
-    values = [dict(_leaves(as_dict(config))) for config in (old, new)]
+    values = [flat(as_dict(config)) for config in (old, new)]
     return {key: (value, values[1][key]) for key, value in values[0].items() if values[1][key] != value}
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Every value by its dotted key; a list counts as a whole."""
+    return dict(_leaves(values))
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

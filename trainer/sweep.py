@@ -24,13 +24,12 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.table import Table
 
 from configs.schema import Config, ConfigError, TrackerName, as_dict, assignment
 from trainer.run_folder import CONFIG, LOCK, RESULT
 
-# A file for each job of the last command: what became of it.
-JOBS, TABLE = "jobs", "sweep.csv"
+# A file for each job of the last command: what became of it; all of these as a table; and that of the groups.
+JOBS, TABLE, GROUPS = "jobs", "sweep.csv", "groups.csv"
 # Where a job lies, how it starts and who watches it make no other job of it.
 NOT_HASHED = ("output_dir", "overwrite", "tracker", "sweep")
 
@@ -140,28 +139,42 @@ def claim(sweep: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def read_jobs(sweep: Path) -> list[Job]:
+    """What became of the jobs of the last command, in their order."""
+    return [Job(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted((sweep / JOBS).glob("*.json"))]
+
+
+def typed_overrides(log: Path) -> list[str] | None:
+    """What was typed for the job that a log is of, as `run_job` wrote it there; None where that is not known."""
+    if not log.is_file():
+        return None
+    with log.open(encoding="utf-8", errors="replace") as file:
+        line = file.readline()
+    words = shlex.split(line) if line.startswith("$ ") else []
+    begin = next((number for number, word in enumerate(words, start=1) if Path(word).name == "train.py"), None)
+    if begin is None or words[begin].startswith("resume="):
+        return None
+    return [word for word in words[begin:] if not word.startswith(("output_dir=", "tracker.group="))]
+
+
 def summarise(sweep: Path, console: Console) -> list[Job]:
-    """Print what became of every job as a table, write it as CSV, and return it, in the jobs' order."""
-    jobs = [Job(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted((sweep / JOBS).glob("*.json"))]
+    """Print what the sweep amounts to, write it as CSV beside what became of every job, and return the latter, in the
+    jobs' order."""
+    # It takes a second to import, and every process that a launcher starts for a job imports this file.
+    from trainer.comparison import compare_jobs, print_groups, write_groups
+
+    jobs = read_jobs(sweep)
     if not jobs:
         return []
-    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("job", "overrides", "score", "seconds", "state"):
-        table.add_column(column, justify="right" if column in ("score", "seconds") else "left", overflow="fold")
-    for job in jobs:
-        table.add_row(
-            job.job,
-            " ".join(override for override in job.overrides if override not in common),
-            "" if job.score is None else f"{job.score:.4f}",
-            "" if job.seconds is None else f"{job.seconds:.1f}",
-            job.state,
-        )
+    groups, reasons = compare_jobs(sweep)
     console.print()
-    console.print(table)
+    print_groups(groups, console)
+    for name, reason in reasons.items():
+        console.print(f"left out: {name}: {reason}")
     with (sweep / TABLE).open("w", encoding="utf-8", newline="") as file:
         _write_csv(file, jobs)
-    console.print(f"\ntable: {sweep / TABLE}")
+    write_groups(groups, sweep / GROUPS)
+    console.print(f"\ntables: {sweep / GROUPS} and, of the jobs, {sweep / TABLE}")
     return jobs
 
 
