@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
 from configs.schema import Config
-
-PACKAGES = ("lateforge", "torch", "transformers", "sentence-transformers", "accelerate", "datasets")
+from trainer.environment import versions
 
 
 def model_card(
@@ -82,13 +80,13 @@ def model_card(
         parts += [f"**{library}**" if "\n" in lines else f"**{library}**: {lines}"]
         parts += [f"```python\n{lines}\n```"] if "\n" in lines else []
     keys = OmegaConf.to_yaml(OmegaConf.structured(config))
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    made_with = ", ".join(f"{package} {number}" for package, number in versions().items() if package != "python")
     parts += [
         "## How it was made",
         f"```\n{command}\n```",
         _table(("", ""), list(facts.items())),
         f"{result['steps']} steps, {result['seconds']:.0f} seconds on {platform.machine()}, Python "
-        f"{platform.python_version()}, {versions}.",
+        f"{platform.python_version()}, {made_with}.",
         f"<details><summary>Every key of the run</summary>\n\n```yaml\n{keys}```\n\n</details>",
     ]
     return "\n\n".join(parts) + "\n"

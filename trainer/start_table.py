@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -13,9 +14,9 @@ from losses.factory import Loss
 from losses.maxsim import kernel_obstacle
 from trainer.data import Data
 from trainer.data.batches import Batch, StepBatches
-from trainer.data.check import data_warnings, sample
+from trainer.data.check import data_warnings, describe_evaluation, describe_set, sample
 from trainer.data.order import count_steps_per_epoch
-from trainer.data.tables import TrainingSet, column
+from trainer.data.tables import IntArray, TrainingSet, column
 from trainer.loop import count_steps
 from trainer.optim import describe_optimizer
 from trainer.plan import maxsim_inputs, token_cap
@@ -74,6 +75,16 @@ def describe_run(
         "MaxSim": loss.maxsim + (f", as {reason}" if loss.maxsim != trainer.maxsim.name and reason else ""),
         "output": config.output_dir,
     }
+
+
+def describe_data(config: Config, data: Data, encoder: MultiVectorEncoder) -> dict[str, Any]:
+    """What `mode=check` says of the data, for the report: facts by name, of each set and of the evaluation."""
+    sets = {}
+    for examples in data.sets:
+        counted = {task: _token_counts(encoder, examples, task) for task in ("query", "document")}
+        tokens = {task: counts for task, (counts, _) in counted.items()}
+        sets[examples.name] = describe_set(config, examples, tokens, {task: cap for task, (_, cap) in counted.items()})
+    return {"sets": sets, **describe_evaluation(data.evaluation)}
 
 
 def _documents(counts: "np.ndarray[tuple[int], np.dtype[np.int64]]", others: float) -> str:
@@ -139,20 +150,26 @@ def _data(config: Config, data: Data, batches: StepBatches) -> str:
 
 def _lengths(encoder: MultiVectorEncoder, sets: Sequence[TrainingSet], task: str) -> str:
     """The cap of a side, how much of a sample it cuts, and what is added to a text."""
-    transformer = encoder[0]
-    assert isinstance(transformer, Transformer)
-    assert transformer.tokenizer is not None
     cut, every = 0, list[int]()
     for each in sets:
-        prefix, length = getattr(each.config, f"{task}_prefix"), getattr(each.config, f"{task}_length")
-        prompt = (encoder.prompts.get(task) or "") if prefix is None else prefix
-        texts = [prompt + text for text in sample(each, task, most=SAMPLE)]
-        lengths = [len(tokens) for tokens in transformer.tokenizer(texts)["input_ids"]]
-        cut += sum(tokens > (length or token_cap(transformer, task)) for tokens in lengths)
-        every += lengths
+        lengths, cap = _token_counts(encoder, each, task)
+        cut += int((lengths > cap).sum())
+        every += lengths.tolist()
     measured = f", which cuts {cut / len(every):.0%} of {len(every)}, whose median is {statistics.median_low(every)}"
     own = [f"{each.name} {length}" for each in sets if (length := getattr(each.config, f"{task}_length")) is not None]
     return describe_side(encoder, task, measured=(f" ({', '.join(own)})" if own else "") + measured)
+
+
+def _token_counts(encoder: MultiVectorEncoder, examples: TrainingSet, task: str) -> tuple[IntArray, int]:
+    """Tokens of each of a sample of a side's texts, what is added to them included, and the cap that cuts them."""
+    transformer = encoder[0]
+    assert isinstance(transformer, Transformer)
+    assert transformer.tokenizer is not None
+    prefix, length = (getattr(examples.config, f"{task}_{key}") for key in ("prefix", "length"))
+    prompt = (encoder.prompts.get(task) or "") if prefix is None else prefix
+    texts = [prompt + text for text in sample(examples, task, most=SAMPLE)]
+    lengths = [len(tokens) for tokens in transformer.tokenizer(texts)["input_ids"]]
+    return np.array(lengths), length or token_cap(transformer, task)
 
 
 def describe_side(encoder: MultiVectorEncoder, task: str, *, measured: str = "") -> str:

@@ -16,7 +16,7 @@ from trainer.data import Data
 from trainer.data.retrieval import RetrievalSet
 from trainer.loop import build_batches
 from trainer.optim import freeze
-from trainer.start_table import describe_run
+from trainer.start_table import describe_data, describe_run
 
 MakeConfig = Callable[..., Config]
 
@@ -406,3 +406,22 @@ def test_a_maxsim_that_was_asked_for_stands_without_a_reason(
 def test_a_run_that_asks_for_no_score_says_so(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
     config = make_config("data.evaluation_fraction=0")
     assert describe(encoder, config)["evaluation"] == "none: data.evaluation_fraction holds out no example"
+
+
+def test_the_data_is_described_as_the_check_does(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    config = make_config()
+    retrieval = RetrievalSet({"1": "what"}, {"1": "the cat", "2": "a dog"}, {"1": {"1": 1}})
+    data = with_config(make_data(negatives=True, evaluation=retrieval), config.data)
+    assert describe_data(config, data, encoder) == {
+        "sets": {
+            "made": {
+                "examples": "5, of 5 different queries",
+                "documents": "11 of 11 named, 10 different",
+                "a query's": "1 positives, 0 to 3 (median 1) others",
+                # With [CLS], [SEP] and the marker: 4, 5, 6, 9 and 10; 5, 7, 16, 17 and 17.
+                "query tokens": "5 % 4, 50 % 6, 95 % 9, 100 % 10; 8 cut 40.0% of 5",
+                "document tokens": "5 % 5, 50 % 16, 95 % 17, 100 % 17; 16 cut 40.0% of 5",
+            }
+        },
+        "evaluation": "1 queries, 2 documents, 1 judged",
+    }
