@@ -35,13 +35,16 @@ from configs.schema import Config, ConfigError, Mode, TrackerName, assignment, c
 from trainer.console import fail
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from architectures.layouts import Checkpoint
+    from trainer.comparison import Group
 
 TRAIN = Path(__file__).resolve()
 CONFIGS = TRAIN.parent / "configs"
 ConfigStore.instance().store("schema", Config)
-# What a resumed run may have otherwise than before; the last two are no part of what it computes.
-MAY_CHANGE = ("trainer.steps", "trainer.epochs", "data.path", "tracker.", "output_dir", "overwrite")
+# What a resumed run may have otherwise than before; the last three are no part of what it computes.
+MAY_CHANGE = ("trainer.steps", "trainer.epochs", "data.path", "tracker.", "report", "output_dir", "overwrite")
 
 
 def main(arguments: list[str]) -> int:
@@ -124,6 +127,7 @@ def _job(composed: DictConfig, overrides: list[str], number: int, sweep: Path) -
 
 def run_sweep(arguments: list[str]) -> int:
     """Run every combination as a process of its own, and end in a table. Typed again, it does what is left."""
+    from trainer.comparison import compare_groups
     from trainer.console import make_console
     from trainer.sweep import claim, summarise
 
@@ -152,7 +156,10 @@ def run_sweep(arguments: list[str]) -> int:
             received = received or [signal.SIGINT]
         finally:
             (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of what every job's config.yaml says
-        jobs = summarise(folder, make_console())
+        console = make_console()
+        jobs = summarise(folder, console)
+        if (groups := compare_groups(folder)) and (page := report(folder, console, groups=groups)):
+            console.print(f"report: {page}")
     if received:
         print("interrupted; the same command goes on with what is left", file=sys.stderr)
         return 128 + received[0]
@@ -261,6 +268,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
     from trainer.card import model_card
     from trainer.console import make_console
     from trainer.display import print_end, print_start
+    from trainer.environment import hardware, versions
     from trainer.loop import Stopped, TrainingError, build_batches, count_steps, train
     from trainer.optim import freeze
     from trainer.plan import (
@@ -271,7 +279,7 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
         check_teacher,
         choose_maxsim,
     )
-    from trainer.start_table import describe_run
+    from trainer.start_table import describe_data, describe_run
 
     # What these warn of, such as queries that are cut, the start-up table says in figures.
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
@@ -300,6 +308,15 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
             **diagnose(encoder),
             **describe_run(config, data, batches, encoder, loss, accelerator),
         }
+        command = shlex.join(["python", "train.py", *sys.argv[1:]])
+        made = {
+            "command": command,
+            "versions": versions(),
+            "hardware": hardware(accelerator.device),
+            "facts": facts,
+            "modules": modules,
+            "data": describe_data(config, data, encoder),
+        }
         print_start(console, modules, facts)
         for change in changes or []:
             console.print(f"changed  {change}")
@@ -322,9 +339,8 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
                 console=console,
             )
             result |= {"maxsim": backend, "head_parameters": head_parameters(encoder), "embedding_size": width}
-            folder.write_result(result)
+            folder.write_result(result | made)
             tracker.finish(result)
-            command = shlex.join(["python", "train.py", *sys.argv[1:]])
             for path in {result["model"], (result["best"] or result)["model"]}:
                 card = model_card(
                     config,
@@ -336,16 +352,35 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
                     best=path != result["model"],
                 )
                 folder.write_card(Path(path).name, card)
-        print_end(console, result, loading=next(iter(loading_lines(encoder, result["model"]).values())))
+        page = report(folder.path, console) if config.report and main_process else None
+        print_end(console, result, loading=next(iter(loading_lines(encoder, result["model"]).values())), report=page)
     except TrainingError as error:
         return fail(str(error), status=1)
     except Stopped as stop:
         if main_process:
+            if config.report:
+                report(folder.path, console)
             print(stop, file=sys.stderr)
         return 128 + stop.signal
     finally:
         accelerator.end_training()
     return 0
+
+
+def report(folder: Path, console: "Console", *, groups: "list[Group] | None" = None) -> Path | None:
+    """Write the page of a run, or of the groups of a sweep, and return it; None where it cannot be drawn.
+
+    All else is saved by then, and nothing that happens here may cost it.
+    """
+    try:
+        from trainer.report import report_run, report_sweep
+
+        return report_run(folder) if groups is None else report_sweep(folder, groups)
+    except Exception as error:  # whatever a drawing library, its caches or the disk come up with
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = "run" if groups is None else "sweep"
+        console.print(f"no report ({reason}): python scripts/report.py {kind}={shlex.quote(str(folder))} draws it")
+        return None
 
 
 def check_data(config: Config, checkpoint: "Checkpoint") -> int:

@@ -499,6 +499,8 @@ class Config:
     """Folder that receives all that the run leaves."""
     overwrite: bool
     """Replace the run that output_dir holds."""
+    report: bool
+    """End in report.html; without, `python scripts/report.py run=...` draws it at any time."""
     mode: Mode
     """train, or check: read the data, say what is in it, and stop before any weight is loaded."""
     seed: int

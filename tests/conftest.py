@@ -87,6 +87,7 @@ def tiny_overrides(tiny_bert: Path, output: Path) -> list[str]:
     """What replaces the default's weights by the tiny ones."""
     return [
         "name=test",
+        "report=false",
         f"output_dir={output}/run",
         f"backbone.name={tiny_bert}",
         "backbone.sha256=null",

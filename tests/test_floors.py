@@ -66,6 +66,18 @@ def test_hydra_stays_at_the_entry(module: str, path: Path) -> None:
     assert not knows_hydra or module in HYDRA_IS_KNOWN_IN or module.startswith("scripts.")
 
 
+def test_only_a_report_draws() -> None:
+    draws = {"trainer.theme", "trainer.figures", "trainer.report"}
+    for module, path in modules():
+        # What stands in a function is imported when that is called.
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {node.module for node in at_import if isinstance(node, ast.ImportFrom)}
+        names |= {alias.name for node in at_import if isinstance(node, ast.Import) for alias in node.names}
+        found = {name for name in names if name in draws or (name or "").split(".")[0] == "matplotlib"}
+        assert not found or module in draws, module
+
+
 def test_maxsim_depends_on_torch_alone() -> None:
     for module, path in modules():
         if module.startswith("losses.maxsim"):
@@ -77,8 +89,9 @@ def test_the_config_is_checked_before_anything_slow_is_imported() -> None:
     code = (
         "import sys; sys.argv = ['train.py', 'head=mlp', 'head.layers.0.out_features=0']\n"
         "import train\n"
+        "slow = {'torch', 'transformers', 'sentence_transformers', 'datasets', 'matplotlib'}\n"
         "try: train.main(sys.argv[1:])\n"
-        "finally: print(sorted({'torch', 'transformers', 'sentence_transformers', 'datasets'} & set(sys.modules)))"
+        "finally: print(sorted(slow & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr

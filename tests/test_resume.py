@@ -21,6 +21,7 @@ from torch import nn
 from configs.schema import Config
 from scripts.kill_and_resume import CLOCK
 from tests.conftest import ENVIRONMENT, ROOT, refused, run_command, tiny_overrides, type_here
+from tests.pages import Page
 from tests.test_train import PAIRS, read_json, read_lines, write_pairs
 from trainer.optim import build_optimizer, build_schedule
 
@@ -320,8 +321,11 @@ def test_term_saves_and_prints_the_command_that_finishes_the_run_as_if_nothing_h
 
 
 def test_ctrl_c_saves_and_prints_the_command_that_goes_on(keys: list[str], tmp_path: Path) -> None:
-    command, _ = stop(SIGINT, keys, tmp_path / "run")
+    command, step = stop(SIGINT, [*keys, "report=true"], tmp_path / "run")
     assert command == f"python train.py resume={tmp_path}/run"
+    page = Page.of(tmp_path / "run" / "report.html")
+    said = f"Not finished: {step} of {STEPS} steps are logged; {command} goes on"
+    assert page.of_element("p")[0] == said
 
 
 # --- out of disk ---

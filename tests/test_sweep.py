@@ -20,7 +20,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from configs.schema import Config, parse_config
+from scripts import report
 from tests.conftest import ENVIRONMENT, ROOT, refused, run_command, tiny_overrides, type_here
+from tests.pages import Page
 from tests.test_train import read_json, read_lines, write_pairs
 from train import sweep_folder
 from trainer.sweep import job_name
@@ -152,6 +154,25 @@ def test_each_job_trains_what_its_overrides_say(four: FourJobs) -> None:
     assert overrides == [
         ["trainer.steps=3", f"head={head}", f"seed={seed}"] for head in ("linear", "mlp_residual") for seed in (1, 2)
     ]
+
+
+def test_the_page_compares_the_groups_and_the_script_draws_it_again(
+    four: FourJobs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = four.sweep / "report.html"
+    written, page = path.read_bytes(), Page.of(path)
+    assert four.again.done.stdout.splitlines()[-1] == f"report: {path.relative_to(four.sweep.parents[2])}"
+    assert page.loaded() == []
+    assert page.of_element("p")[0] == "2 groups of 4 finished jobs, scored by ndcg@10"
+    cells = page.of_element("td")
+    assert [cell for cell in cells if cell.startswith("head=")][:2] == ["head=linear", "head=mlp_residual"]
+    assert [cell for cell in cells if cell.startswith("finished")] == [row["state"] for row in four.again.rows]
+    assert len(list((four.sweep / "figures").glob("*.png"))) == 3
+    assert report.main([f"sweep={four.sweep}"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"report: {path}"
+    assert any(line.startswith("head=linear  ") for line in printed)
+    assert path.read_bytes() == written
 
 
 def test_typed_again_only_the_job_that_failed_runs(four: FourJobs) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,8 +42,9 @@ def print_facts(console: Console, facts: Mapping[str, str]) -> None:
     console.print()
 
 
-def print_end(console: Console, result: dict[str, Any], *, loading: str) -> None:
-    """Print the scores before and after, where the models lie, and how to load them: loading, lines of Python."""
+def print_end(console: Console, result: dict[str, Any], *, loading: str, report: Path | None = None) -> None:
+    """Print the scores before and after, where the models and the report lie, and how to load a model: loading, lines
+    of Python."""
     before, after, best, change = (result[key] for key in ("before", "after", "best", "change"))
     if before is not None and after is not None:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -61,6 +63,8 @@ def print_end(console: Console, result: dict[str, Any], *, loading: str) -> None
     if best is not None and best["model"] != result["model"]:
         console.print(f"best model, of step {best['step']}: {best['model']}")
     console.print(f"model: {result['model']}")
+    if report is not None:
+        console.print(f"report: {report}")
     console.print("load it with:")
     for line in loading.splitlines():
         console.print(f"    {line}")

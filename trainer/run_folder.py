@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ CONFIG, METRICS, RESULT, FAILED_BATCH = "config.yaml", "metrics.jsonl", "result.
 # Each query's metrics, of the last model and of the untrained one.
 SCORES, SCORES_BEFORE = "scores.jsonl", "scores_before.jsonl"
 MODEL, BEST, CHECKPOINTS = "model", "best", "checkpoints"
-LEFT = (RESULT, CONFIG, METRICS, FAILED_BATCH, SCORES, SCORES_BEFORE, MODEL, BEST, CHECKPOINTS)
+# The page of a run or a sweep, and the folder of its figures as PNG.
+REPORT, FIGURES = "report.html", "figures"
+LEFT = (RESULT, CONFIG, METRICS, FAILED_BATCH, SCORES, SCORES_BEFORE, REPORT, MODEL, BEST, CHECKPOINTS)
 LOCK = ".lock"
 # Beside a model's own files: after which step it was saved.
 STEP = "step.json"
@@ -35,7 +37,7 @@ UNREADABLE = ".unreadable"
 
 class RunFolder:
     """outputs/<name>/{config.yaml, metrics.jsonl, scores_before.jsonl, checkpoints/, model/, best/, scores.jsonl,
-    result.json}
+    result.json, report.html, figures/}
 
     resume: go on with the run that the folder holds, instead of a new one.
     """
@@ -100,6 +102,8 @@ class RunFolder:
             self._acquire()
             self.check()
             self._mend()
+            if not self._resume:
+                remove_report(self.path)
             # By name: a folder given by mistake keeps all that no run has written.
             for name in (FAILED_BATCH,) if self._resume else LEFT:
                 _remove(self.path / name)
@@ -264,6 +268,16 @@ class RunFolder:
                 f"output_dir={self.path}: {name} cannot be written ({error}): "
                 "free space on the disk or name another folder"
             ) from error
+
+
+def remove_report(folder: Path) -> None:
+    """Remove the page of a run or a sweep and its figures; `figures` without a page is someone else's."""
+    if (folder / REPORT).exists():
+        for path in (folder / FIGURES).glob("*.png"):
+            path.unlink()
+        with suppress(OSError):  # where it holds something, or is not there
+            (folder / FIGURES).rmdir()
+        _remove(folder / REPORT)
 
 
 def _to_disk(path: Path) -> None:

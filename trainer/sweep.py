@@ -31,7 +31,7 @@ from trainer.run_folder import CONFIG, LOCK, RESULT
 # A file for each job of the last command: what became of it; all of these as a table; and that of the groups.
 JOBS, TABLE, GROUPS = "jobs", "sweep.csv", "groups.csv"
 # Where a job lies, how it starts and who watches it make no other job of it.
-NOT_HASHED = ("output_dir", "overwrite", "tracker", "sweep")
+NOT_HASHED = ("output_dir", "overwrite", "report", "tracker", "sweep")
 
 # By a signal, as train.py says it or as it died of it before it listened.
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}

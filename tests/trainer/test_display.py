@@ -2,6 +2,7 @@
 
 import io
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def test_the_start_is_the_modules_with_their_sum_and_a_fact_a_line(console: Cons
 
 
 def test_the_end_is_the_scores_their_interval_both_models_and_the_lines_to_load_the_last(console: Console) -> None:
-    print_end(console, RESULT, loading=LOADING)
+    print_end(console, RESULT, loading=LOADING, report=Path("run/report.html"))
     assert printed(console) == [
         "",
         "         before   after   change",
@@ -61,6 +62,7 @@ def test_the_end_is_the_scores_their_interval_both_models_and_the_lines_to_load_
         "",
         "best model, of step 8: run/best",
         "model: run/model",
+        "report: run/report.html",
         "load it with:",
         "    from sentence_transformers import MultiVectorEncoder",
         '    model = MultiVectorEncoder("[run]/model")',

@@ -388,6 +388,30 @@ def test_overwrite_replaces_what_a_run_writes_and_nothing_else(make_config: Make
     assert "old" not in (folder.path / "config.yaml").read_text()
 
 
+def test_a_page_goes_with_its_run_and_takes_its_figures_alone(make_config: MakeConfig) -> None:
+    folder = make_folder(make_config, "overwrite=true")
+    fill(folder.path, "config.yaml", "report.html", "figures/loss.png", "figures/mine.svg")
+    folder.open()
+    assert left(folder) == {"config.yaml", "figures"}
+    assert [path.name for path in (folder.path / "figures").iterdir()] == ["mine.svg"]
+
+
+def test_figures_without_a_page_are_no_runs(make_config: MakeConfig) -> None:
+    folder = make_folder(make_config)
+    fill(folder.path, "figures/loss.png")
+    folder.check()
+    folder.open()
+    assert (folder.path / "figures" / "loss.png").read_text() == "old figures/loss.png"
+
+
+def test_a_resumed_run_keeps_its_page(make_config: MakeConfig) -> None:
+    config = make_config()
+    fill(Path(config.output_dir), "config.yaml", "metrics.jsonl", "report.html", "figures/loss.png")
+    RunFolder(config, resume=True).open()
+    assert (Path(config.output_dir) / "report.html").exists()
+    assert (Path(config.output_dir) / "figures" / "loss.png").exists()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
