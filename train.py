@@ -127,7 +127,6 @@ def _job(composed: DictConfig, overrides: list[str], number: int, sweep: Path) -
 
 def run_sweep(arguments: list[str]) -> int:
     """Run every combination as a process of its own, and end in a table. Typed again, it does what is left."""
-    from trainer.comparison import compare_groups
     from trainer.console import make_console
     from trainer.sweep import claim, summarise
 
@@ -157,8 +156,8 @@ def run_sweep(arguments: list[str]) -> int:
         finally:
             (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of what every job's config.yaml says
         console = make_console()
-        jobs = summarise(folder, console)
-        if (groups := compare_groups(folder)) and (page := report(folder, console, groups=groups)):
+        jobs, groups = summarise(folder, console)
+        if groups and (page := report(folder, console, groups=groups)):
             console.print(f"report: {page}")
     if received:
         print("interrupted; the same command goes on with what is left", file=sys.stderr)

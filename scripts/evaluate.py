@@ -23,7 +23,6 @@ not be scored.
 """
 
 import json
-import platform
 import shlex
 import shutil
 import sys
@@ -32,7 +31,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -73,8 +71,6 @@ UNFINISHED = ".unfinished"
 # Parts of a config that an evaluation reads, and keys of data that only training does.
 READ = ("backbone", "head", "data", "seed")
 OF_TRAINING = ("query_length", "document_length", "query_prefix", "document_prefix")
-# What a figure depends on.
-LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers", "accelerate", "pytrec-eval-terrier")
 
 
 @dataclass
@@ -343,7 +339,7 @@ def score(
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "precision": options.precision.name,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": versions(),
         "command": command,
     }
     with _written(job.folder) as folder:

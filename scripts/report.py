@@ -63,10 +63,10 @@ def draw_sweep(folder: Path) -> Path:
     """The table and the page of a sweep. Raises ConfigError where none of its jobs is finished."""
     if not list(folder.glob(f"*/{RESULT}")):
         raise ConfigError(f"sweep={folder} has no finished job: give the folder of a sweep, or run it to its end")
-    from trainer.comparison import compare_jobs, print_groups, write_groups
+    from trainer.comparison import compare_groups, print_groups, write_groups
     from trainer.report import report_sweep
 
-    groups, reasons = compare_jobs(folder)
+    groups, reasons = compare_groups(folder)
     console = make_console()
     print_groups(groups, console)
     for name, reason in reasons.items():

@@ -520,6 +520,6 @@ def test_the_teacher_of_trec_dl_trains_by_its_experiment(tiny_bert: Path, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     lines = lines_of(done)
-    assert "data distillation, 100 training examples" in lines
+    assert "data trec_dl_distillation, 100 training examples" in lines
     assert any(line.startswith("evaluation 29 queries, ") for line in lines)
     assert all(line["train/distillation"] > 0 for line in read_lines(tmp_path / "run" / "metrics.jsonl")[1:])

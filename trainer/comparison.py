@@ -71,14 +71,9 @@ class _Scored:
     """evaluation.metric by query."""
 
 
-def compare_groups(sweep: Path) -> list[Group]:
+def compare_groups(sweep: Path) -> tuple[list[Group], dict[str, str]]:
     """Return the groups of the jobs that lie in the folder of a sweep and can be compared, in the order in which they
-    were begun, those of the last command last and as it has them."""
-    return compare_jobs(sweep)[0]
-
-
-def compare_jobs(sweep: Path) -> tuple[list[Group], dict[str, str]]:
-    """Return what `compare_groups` does, and why other jobs are in no group, by name."""
+    were begun, those of the last command last and as it has them; and why other jobs are in no group, by name."""
     jobs, reasons = _scored_jobs(sweep)
     if not jobs:
         return [], reasons
@@ -87,7 +82,8 @@ def compare_jobs(sweep: Path) -> tuple[list[Group], dict[str, str]]:
         rows.setdefault(json.dumps(job.keys), []).append(job)
     jobs_of = [sorted(own, key=lambda job: job.seed) for own in rows.values()]
     averaged = [average(*(job.values for job in own)) for own in jobs_of]
-    differences = [compare_paired(list(averaged[0].values()), list(values.values())) for values in averaged[1:]]
+    baseline = list(averaged[0].values())
+    differences = [compare_paired(baseline, [values[query] for query in averaged[0]]) for values in averaged[1:]]
     corrected = holm([difference.p for difference in differences])
     first, *others = (_group(name, own) for name, own in zip(_names(jobs_of), jobs_of, strict=True))
     compared = map(_compared, others, differences, corrected)
@@ -204,10 +200,11 @@ def _read(folder: Path, job: Job | None) -> _Scored:
         raise ConfigError(f"there is no {folder / SCORES}: an earlier version ran it; rerun={folder} repeats it")
     config = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     assert isinstance(config, dict)
-    keys = {key: value for key, value in flat(config).items() if key.partition(".")[0] not in OF_A_JOB}
-    values = read_scores(folder / SCORES)[keys["evaluation.metric"]]
+    values = flat({str(key): value for key, value in config.items()})
+    keys = {key: value for key, value in values.items() if key.partition(".")[0] not in OF_A_JOB}
+    scores = read_scores(folder / SCORES)[keys["evaluation.metric"]]
     overrides = job.overrides if job is not None else typed_overrides(folder.with_name(f"{folder.name}.log"))
-    return _Scored(folder.name, overrides, config["seed"], keys, result, values)
+    return _Scored(folder.name, overrides, config["seed"], keys, result, scores)
 
 
 def _check_like(job: _Scored, scored: Sequence[_Scored]) -> None:

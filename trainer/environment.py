@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("lateforge", "torch", "transformers", "sentence-transformers", "accelerate", "datasets")
+PACKAGES = (
+    *("lateforge", "torch", "transformers", "tokenizers", "sentence-transformers", "accelerate", "datasets"),
+    "pytrec-eval-terrier",
+)
 
 
 def versions() -> dict[str, str]:

@@ -20,13 +20,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 
 from configs.schema import Config, ConfigError, TrackerName, as_dict, assignment
 from trainer.run_folder import CONFIG, LOCK, RESULT
+
+if TYPE_CHECKING:
+    from trainer.comparison import Group
 
 # A file for each job of the last command: what became of it; all of these as a table; and that of the groups.
 JOBS, TABLE, GROUPS = "jobs", "sweep.csv", "groups.csv"
@@ -157,25 +160,27 @@ def typed_overrides(log: Path) -> list[str] | None:
     return [word for word in words[begin:] if not word.startswith(("output_dir=", "tracker.group="))]
 
 
-def summarise(sweep: Path, console: Console) -> list[Job]:
-    """Print what the sweep amounts to, write it as CSV beside what became of every job, and return the latter, in the
-    jobs' order."""
+def summarise(sweep: Path, console: Console) -> tuple[list[Job], list["Group"]]:
+    """Print what the sweep amounts to, write it as CSV beside what became of every job, and return what became of them,
+    in their order, and the groups that are compared."""
     # It takes a second to import, and every process that a launcher starts for a job imports this file.
-    from trainer.comparison import compare_jobs, print_groups, write_groups
+    from trainer.comparison import compare_groups, print_groups, write_groups
 
     jobs = read_jobs(sweep)
     if not jobs:
-        return []
-    groups, reasons = compare_jobs(sweep)
+        return [], []
+    groups, reasons = compare_groups(sweep)
     console.print()
     print_groups(groups, console)
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    own = {job.job: " ".join(each for each in job.overrides if each not in common) for job in jobs}
     for name, reason in reasons.items():
-        console.print(f"left out: {name}: {reason}")
+        console.print(f"left out: {' '.join(filter(None, [name, own.get(name)]))}: {reason}")
     with (sweep / TABLE).open("w", encoding="utf-8", newline="") as file:
         _write_csv(file, jobs)
     write_groups(groups, sweep / GROUPS)
     console.print(f"\ntables: {sweep / GROUPS} and, of the jobs, {sweep / TABLE}")
-    return jobs
+    return jobs, groups
 
 
 def _write_csv(file: TextIO, jobs: list[Job]) -> None:

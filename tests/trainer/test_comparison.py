@@ -20,7 +20,7 @@ from scipy.stats import permutation_test
 
 from configs.schema import Config, parse_config, save_config
 from tests.conftest import ROOT, tiny_overrides
-from trainer.comparison import Group, compare_groups, compare_jobs, explain_groups, p_text, print_groups, write_groups
+from trainer.comparison import Group, compare_groups, explain_groups, p_text, print_groups, write_groups
 from trainer.metrics import write_scores
 from trainer.run_folder import SCORES
 from trainer.significance import change_interval, holm
@@ -138,7 +138,7 @@ def nine(compose_once: Compose, tmp_path_factory: pytest.TempPathFactory) -> Nin
     for head, of_seeds in zip(SHIFTS, scores, strict=True):
         for seed, own in enumerate(of_seeds, start=1):
             jobs.leave("trainer.steps=3", f"head={head}", f"seed={seed}", values=own, queries_per_second=10.0 * seed)
-    groups, reasons = compare_jobs(sweep)
+    groups, reasons = compare_groups(sweep)
     assert reasons == {}
     return Nine(sweep, scores, groups)
 
@@ -176,7 +176,7 @@ def test_differences_are_those_of_scores_averaged_over_seeds_by_query(nine: Nine
 def test_a_group_against_a_repetition_of_the_first_has_p_1(jobs: Jobs, sweep: Path) -> None:
     for head in ("linear", "mlp"):
         jobs.leave(f"head={head}", "seed=1", values=draw(1))
-    again = compare_groups(sweep)[1]
+    again = compare_groups(sweep)[0][1]
     assert (again.difference, again.low, again.high, again.p, again.p_holm) == (0.0, 0.0, 0.0, 1.0, 1.0)
 
 
@@ -185,7 +185,7 @@ def test_jobs_of_earlier_commands_come_first_and_are_named_by_their_logs(jobs: J
     jobs.leave("head=linear", "seed=1", values=draw(2), last=False)
     jobs.leave("head=mlp", "seed=2", values=draw(3), last=False)
     jobs.leave("head=deep", "seed=1", values=draw(4))
-    groups = compare_groups(sweep)
+    groups, _ = compare_groups(sweep)
     assert [(group.name, group.seeds) for group in groups] == [
         ("head=mlp", [1, 2]),
         ("head=linear", [1]),
@@ -199,7 +199,7 @@ def test_without_what_was_typed_groups_are_named_by_the_keys_that_differ(jobs: J
             jobs.leave(f"optimizer.learning_rate={rate}", f"seed={seed}", values=draw(seed), last=False)
     for log in sweep.glob("*.log"):
         log.unlink()
-    assert [group.name for group in compare_groups(sweep)] == [
+    assert [group.name for group in compare_groups(sweep)[0]] == [
         "optimizer.learning_rate=0.0001",
         "optimizer.learning_rate=0.001",
     ]
@@ -208,7 +208,7 @@ def test_without_what_was_typed_groups_are_named_by_the_keys_that_differ(jobs: J
 def test_seeds_alone_are_one_group(jobs: Jobs, sweep: Path) -> None:
     for seed in (2, 1):
         jobs.leave(f"seed={seed}", values=draw(seed))
-    [group] = compare_groups(sweep)
+    [group], _ = compare_groups(sweep)
     assert (group.name, group.seeds) == ("all jobs", [1, 2])
     assert list(explain_groups([group]))[1:] == [
         "one row: there is nothing to compare it to; sweep another key, as in head=linear,mlp"
@@ -218,7 +218,7 @@ def test_seeds_alone_are_one_group(jobs: Jobs, sweep: Path) -> None:
 def test_how_jobs_are_launched_and_shown_makes_no_groups(jobs: Jobs, sweep: Path) -> None:
     jobs.leave("seed=1", values=draw(1))
     jobs.leave("seed=2", "tracker=wandb", "sweep.launch=python", "overwrite=true", values=draw(2), name="other")
-    assert [group.seeds for group in compare_groups(sweep)] == [[1, 2]]
+    assert [group.seeds for group in compare_groups(sweep)[0]] == [[1, 2]]
 
 
 def test_what_cannot_be_compared_is_named_and_left_out(jobs: Jobs, sweep: Path) -> None:
@@ -236,7 +236,7 @@ def test_what_cannot_be_compared_is_named_and_left_out(jobs: Jobs, sweep: Path) 
     (sweep / broken / SCORES).write_text('{"query": "q0", "ndcg@10": NaN}\n')
     begun = jobs.leave("seed=8", values=draw(8), last=False)
     (sweep / begun / "result.json").unlink()
-    groups, reasons = compare_jobs(sweep)
+    groups, reasons = compare_groups(sweep)
     assert [group.jobs for group in groups] == [[first]]
     assert reasons == {
         begun: "not finished",
@@ -279,20 +279,20 @@ def test_the_table_shows_a_row_a_group(nine: Nine) -> None:
 def test_one_seed_has_no_deviation_and_the_table_says_what_is_missing(jobs: Jobs, sweep: Path) -> None:
     for head in SHIFTS:
         jobs.leave(f"head={head}", "seed=1", values=draw(1))
-    groups = compare_groups(sweep)
+    groups, _ = compare_groups(sweep)
     assert [group.sd for group in groups] == [None] * 3
     assert printed(groups)[-1] == "one seed a row: nothing is said of other seeds; add seed=1,2,3"
     jobs.leave("head=linear", "seed=2", values=draw(2))
     jobs.leave("head=linear", "seed=3", values=draw(3))
     jobs.leave("head=mlp", "seed=3", values=draw(4))
-    assert printed(compare_groups(sweep))[-2:] == [
+    assert printed(compare_groups(sweep)[0])[-2:] == [
         "one seed of head=deep: nothing is said of other seeds; add seed=1,2,3",
         "head=mlp has the seeds 1, 3, head=linear 1, 2, 3",
     ]
 
 
 def test_no_score_is_said(sweep: Path) -> None:
-    assert compare_groups(sweep) == []
+    assert compare_groups(sweep)[0] == []
     assert printed([]) == ["no job has a score to compare"]
 
 

@@ -521,15 +521,14 @@ def test_ctrl_c_in_the_last_moment_of_a_job_still_ends_the_sweep(
 def table_of(sweep: Path) -> tuple[list[str], list[Job]]:
     """What `summarise` prints, a line each without the padding, and what it returns."""
     output = io.StringIO()
-    jobs = summarise(sweep, Console(file=output, width=200))
+    jobs, _ = summarise(sweep, Console(file=output, width=200, soft_wrap=True))
     return [" ".join(line.split()) for line in output.getvalue().splitlines()], jobs
 
 
-def test_the_table_shows_the_overrides_that_differ_in_the_order_of_the_jobs(sweep: Path) -> None:
+def test_jobs_without_a_score_are_named_by_what_differs_in_their_order(sweep: Path) -> None:
     made = [
         Job(10, "c", ["trainer.steps=3", "head=mlp", "seed=1"], "stopped", None, 2.0),
         Job(2, "b", ["trainer.steps=3", "head=linear", "seed=2"], "failed", None, 1.26, "no space left"),
-        Job(0, "a", ["trainer.steps=3", "head=linear", "seed=1"], "finished before", 0.71236, 61.04),
         Job(11, "d", ["trainer.steps=3", "head=deep", "seed=2"], "failed", None, None, "head is too deep"),
     ]
     for job in made:
@@ -537,24 +536,23 @@ def test_the_table_shows_the_overrides_that_differ_in_the_order_of_the_jobs(swee
     lines, jobs = table_of(sweep)
     assert lines == [
         "",
-        "job overrides score seconds state",
-        "a head=linear seed=1 0.7124 61.0 finished before",
-        "b head=linear seed=2 1.3 failed",
-        "c head=mlp seed=1 2.0 stopped",
-        "d head=deep seed=2 failed",
+        "no job has a score to compare",
+        "left out: b head=linear seed=2: failed: no space left",
+        "left out: c head=mlp seed=1: stopped",
+        "left out: d head=deep seed=2: failed: head is too deep",
         "",
-        f"table: {sweep / 'sweep.csv'}",
+        f"tables: {sweep / 'groups.csv'} and, of the jobs, {sweep / 'sweep.csv'}",
     ]
     assert jobs == sorted(made, key=lambda job: job.number)
 
 
 def test_a_job_alone_shows_all_its_overrides(sweep: Path) -> None:
-    report(sweep, Job(0, "a", ["head=linear", "seed=1"], "finished", 0.5, 1.0))
-    assert table_of(sweep)[0][2] == "a head=linear seed=1 0.5000 1.0 finished"
+    report(sweep, Job(0, "a", ["head=linear", "seed=1"], "stopped", None, 1.0))
+    assert table_of(sweep)[0][2] == "left out: a head=linear seed=1: stopped"
 
 
 def test_an_override_with_brackets_is_shown_as_it_was_typed(sweep: Path) -> None:
-    report(sweep, Job(0, "a", ["backbone.skiplist=[bold]", "seed=1"], "finished", 0.5, 1.0))
+    report(sweep, Job(0, "a", ["backbone.skiplist=[bold]", "seed=1"], "stopped", None, 1.0))
     output = io.StringIO()
     summarise(sweep, Console(file=output, width=200, markup=False))
     assert "backbone.skiplist=[bold] seed=1" in output.getvalue()
