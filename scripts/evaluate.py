@@ -59,6 +59,7 @@ from trainer.data.files import find
 from trainer.data.retrieval import RetrievalSet
 from trainer.data.trec import unfit_id, with_candidates, write_run
 from trainer.display import counting, print_facts
+from trainer.environment import versions
 from trainer.evaluation import BLOCK_DOCUMENTS, Ranking, rank
 from trainer.metrics import DEPTH, means, score_rankings, write_scores
 from trainer.plan import build_accelerator

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -60,12 +60,12 @@ def read_rows(sweep: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def read_table(output: str) -> list[list[str]]:
-    """The cells of the table that ends what a sweep prints."""
+def read_groups(output: str) -> list[list[str]]:
+    """The cells of the table that ends what a sweep prints, without the header."""
     lines = output.splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("job ") and "overrides" in line)
-    last = next(number for number, line in enumerate(lines) if line.startswith("table: "))
-    return [line.split("  ") for line in lines[first:last] if line]
+    first = next(number for number, line in enumerate(lines) if line.split()[:2] == ["seeds", "score"])
+    last = next(number for number, line in enumerate(lines) if line.startswith("score: "))
+    return [line.split() for line in lines[first + 1 : last]]
 
 
 def states(rows: list[Row]) -> list[str]:
@@ -197,28 +197,33 @@ def test_the_scores_are_those_of_the_runs_and_stay(four: FourJobs) -> None:
 
 
 @pytest.mark.parametrize("time", ["first", "again"])
-def test_the_sweep_ends_in_a_table_of_what_differs(time: str, four: FourJobs) -> None:
+def test_the_sweep_ends_in_a_table_of_its_groups(time: str, four: FourJobs) -> None:
     typed: Typed = getattr(four, time)
-    header, *cells = [[cell.strip() for cell in row if cell.strip()] for row in read_table(typed.done.stdout)]
-    assert header == ["job", "overrides", "score", "seconds", "state"]
-    assert cells == [
-        [
-            row["job"],
-            " ".join(shlex.split(row["overrides"])[-2:]),
-            *([f"{float(row['score']):.4f}"] if row["score"] else []),
-            f"{float(row['seconds']):.1f}",
-            row["state"],
-        ]
-        for row in typed.rows
+    scores: dict[str, list[float]] = {}
+    for row in typed.rows:
+        if row["score"]:
+            head = next(word for word in shlex.split(row["overrides"])[::-1] if word.startswith("head="))
+            scores.setdefault(head, []).append(float(row["score"]))
+    rows = read_groups(typed.done.stdout)
+    assert [row[:3] for row in rows] == [[head, f"{len(own)}", f"{fmean(own):.4f}"] for head, own in scores.items()]
+    linear, residual = scores.values()
+    assert rows[1][3:5] == [f"{stdev(residual):.4f}", f"{fmean(residual) - fmean(linear):+.4f}"]
+    left_out = [line for line in typed.done.stdout.splitlines() if line.startswith("left out: ")]
+    assert [line.split(" ")[2:5] for line in left_out] == [
+        [row["job"], "head=linear", "seed=2:"] for row in typed.rows if not row["score"]
     ]
-    assert typed.done.stdout.splitlines()[-1] == f"table: {four.sweep.relative_to(four.sweep.parents[2])}/sweep.csv"
+    folder = four.sweep.relative_to(four.sweep.parents[2])
+    assert typed.done.stdout.splitlines()[-2:] == [
+        f"tables: {folder}/groups.csv and, of the jobs, {folder}/sweep.csv",
+        f"report: {folder}/report.html",
+    ]
 
 
 def test_a_sweep_leaves_its_jobs_their_logs_and_a_table(four: FourJobs) -> None:
     assert {path.name for path in four.sweep.iterdir()} == {
         *four.jobs,
         *(f"{job}.log" for job in four.jobs),
-        *("jobs", "sweep.csv", ".lock"),
+        *("jobs", "sweep.csv", "groups.csv", "report.html", "figures", ".lock"),
     }
     assert [path.name for path in four.sweep.parents[2].iterdir()] == ["outputs"]
 
@@ -385,7 +390,7 @@ def test_the_command_names_the_folder_of_the_sweep(tiny_jobs: list[str], tmp_pat
     sweep = tmp_path / "my sweeps" / "one"
     jobs = [row["job"] for row in read_rows(sweep)]
     assert {path.name for path in sweep.iterdir()} == {
-        *("jobs", "sweep.csv", ".lock"),
+        *("jobs", "sweep.csv", "groups.csv", ".lock"),
         *(f"{job}.log" for job in jobs),
     }
     assert starts(sweep, jobs[1])[0][-1] == f"output_dir='my sweeps/one/{jobs[1]}'"
@@ -469,7 +474,8 @@ def test_joblib_runs_jobs_side_by_side(tiny_jobs: list[str], tmp_path: Path) -> 
     layers = [read_layers(sweep / row["job"]) for row in rows]
     assert [[layer["out_features"] for layer in layers[number]] for number in (0, 1)] == [[8], [16]]
     assert [len(starts(sweep, row["job"])) for row in rows] == [1, 1]
-    assert len(read_table(done.stdout)) == 3
+    with (sweep / "groups.csv").open(newline="", encoding="utf-8") as file:
+        assert [float(group["mean"]) for group in csv.DictReader(file)] == [float(row["score"]) for row in rows]
 
 
 def read_layers(folder: Path) -> list[dict[str, Any]]:
@@ -489,4 +495,6 @@ def test_submitit_runs_jobs_to_the_end(tiny_jobs: list[str], tmp_path: Path) -> 
     assert [(config.backbone.query_prefix, config.seed) for config in configs] == [("[Q], ", 1), ("[Q], ", 2)]
     results = [read_json(sweep / row["job"] / "result.json") for row in rows]
     assert [float(row["score"]) for row in rows] == [result["after"]["ndcg@10"] for result in results]
-    assert Counter(cells[-1].strip() for cells in read_table(done.stdout)[1:]) == {"finished": 2}
+    with (sweep / "groups.csv").open(newline="", encoding="utf-8") as file:
+        [group] = csv.DictReader(file)
+    assert (group["seeds"], float(group["mean"])) == ("1 2", fmean(float(row["score"]) for row in rows))

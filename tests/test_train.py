@@ -478,7 +478,9 @@ def test_a_full_disk_while_saving_leaves_no_half_written_model(tiny_run: list[st
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: output_dir={tmp_path}/run: model cannot be written (")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.yaml", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *(".lock", "config.yaml", "metrics.jsonl", "scores_before.jsonl")
+    }
 
 
 def test_half_precision_that_needs_a_gpu_says_so(tiny_run: list[str]) -> None:
