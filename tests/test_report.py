@@ -1,6 +1,7 @@
 """Pages as a user gets them: at the end of a run, and by the script."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,8 @@ def test_what_cannot_be_drawn_gets_one_line(
 
 def test_the_script_is_typed_from_anywhere(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n")
-    done = run_command("run=.", cwd=tmp_path, program=("python", str(ROOT / "scripts" / "report.py")), PYTHONPATH="")
+    done = run_command(
+        "run=.", cwd=tmp_path, program=(sys.executable, str(ROOT / "scripts" / "report.py")), PYTHONPATH=""
+    )
     assert done.returncode == 2
     assert done.stderr == "report: run=.: the folder has no config.yaml: give the output folder of a run\n"

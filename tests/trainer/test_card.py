@@ -198,7 +198,8 @@ def test_the_facts_of_the_start_up_table_stand_in_a_table_without_a_header(confi
 
 
 def test_the_time_the_machine_and_the_versions_are_named(config: Config) -> None:
-    packages = ["lateforge", "torch", "transformers", "sentence-transformers", "accelerate", "datasets"]
+    packages = ["lateforge", "torch", "transformers", "tokenizers", "sentence-transformers", "accelerate", "datasets"]
+    packages.append("pytrec-eval-terrier")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     line = f"1200 steps, 62 seconds on {platform.machine()}, Python {platform.python_version()}, {versions}."
     assert f"\n{line}\n" in write(config).text
