@@ -314,7 +314,8 @@ def run(config: Config, *, resume: bool = False, changes: list[str] | None = Non
             "hardware": hardware(accelerator.device),
             "facts": facts,
             "modules": modules,
-            "data": describe_data(config, data, encoder),
+            # It reads every row, and of the processes one writes it down.
+            "data": describe_data(config, data, encoder) if main_process else {},
         }
         print_start(console, modules, facts)
         for change in changes or []:

@@ -38,11 +38,12 @@ from rich.table import Table
 from sentence_transformers import MultiVectorEncoder
 
 from configs.reference import explain_composition
-from configs.schema import Config, ConfigError, explain, parse_config
-from scripts.models import CONFIGS, compose_config, load_model
+from configs.schema import Config, ConfigError, parse_config
+from scripts.models import CONFIGS, build_model, compose_config, load_model
+from scripts.options import read_options
 from trainer.comparison import average, other_queries, p_text
 from trainer.console import make_console
-from trainer.data import load_data
+from trainer.data import load_evaluation
 from trainer.data.retrieval import RetrievalSet
 from trainer.metrics import read_scores
 from trainer.run_folder import CONFIG, MODEL, RESULT, SCORES
@@ -123,11 +124,7 @@ def parse(arguments: Sequence[str]) -> Options:
         if key not in known:
             nearest = get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"{key} is no key; the nearest is {nearest}, of {', '.join(known)}")
-    try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
-    assert isinstance(options, Options)
+    options = read_options(Options, given)
     if options.queries < 0:
         raise ConfigError(f"queries={options.queries} must be 0 or more")
     if options.output is not None and Path(options.output).exists() and not options.overwrite:
@@ -249,9 +246,8 @@ class Inspector:
         return rows
 
     def _texts(self, path: Path) -> RetrievalSet:
-        retrieval = load_data(config_of(path).data).evaluation
-        missing = [query for query in self._first.values if retrieval is None or query not in retrieval.judgements]
-        if retrieval is None or missing:
+        retrieval, _ = load_evaluation(config_of(path).data)
+        if missing := [query for query in self._first.values if query not in retrieval.judgements]:
             raise ConfigError(f"its data has none of {len(missing):,} of the queries, first {missing[0]}")
         return retrieval
 
@@ -287,9 +283,8 @@ def load_encoder(path: Path) -> MultiVectorEncoder:
         trusted = str(config.backbone.trust_remote_code).lower()
         encoder = load_model(str(path / MODEL), f"backbone.trust_remote_code={trusted}")
     else:
-        result = json.loads((path / RESULT).read_text(encoding="utf-8"))
         torch.manual_seed(config.seed)  # a new head is the one that was scored
-        encoder = load_model(result["model"], *result.get("model_overrides", []), *result["data"])
+        encoder = build_model(config)
     return encoder.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else encoder
 
 

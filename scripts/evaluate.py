@@ -50,9 +50,10 @@ from sentence_transformers import MultiVectorEncoder
 
 from architectures.layouts import read_checkpoint
 from configs.reference import explain_composition
-from configs.schema import Config, ConfigError, DataFormat, Metric, Precision, assignment, explain
+from configs.schema import Config, ConfigError, DataFormat, Metric, Precision, assignment
 from scripts.bm25 import rank_by_bm25
 from scripts.models import CONFIGS, build_model, compose_config
+from scripts.options import read_options, split_arguments
 from trainer.console import fail, make_console
 from trainer.data import load_evaluation
 from trainer.data.files import find
@@ -125,16 +126,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     """The options, and what is left for the config. Raises ConfigError for a value that cannot be."""
-    names = {field.name for field in fields(Options)}
-    own = [argument for argument in arguments if argument.partition("=")[0] in names]
-    overrides = [argument for argument in arguments if argument not in own]
-    # As they are typed: a folder may have the name of a number.
-    given = {key: value if value != "null" else None for key, _, value in (each.partition("=") for each in own)}
-    try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
-    assert isinstance(options, Options)
+    given, overrides = split_arguments(Options, arguments)
+    options = read_options(Options, {key: None if value == "null" else value for key, value in given.items()})
     chosen = [override for override in overrides if override.startswith("data=")]
     problems = {
         "model= is missing: give one folder, Hub name or member of configs/backbone": not options.model,

@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ import datasets
 import numpy as np
 import torch
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from sentence_transformers import MultiVectorEncoder
 
 from architectures.layouts import read_checkpoint
 from configs.reference import explain_composition
-from configs.schema import ConfigError, explain
+from configs.schema import ConfigError
 from scripts.bm25 import rank_by_bm25
 from scripts.models import CONFIGS, compose_config, load_model
+from scripts.options import read_options, split_arguments
 from trainer.console import make_console
 from trainer.data import load_data
 from trainer.data.retrieval import RetrievalSet
@@ -88,15 +88,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """The options, and what is left for the config. Raises ConfigError for a value that cannot be."""
-    names = {field.name for field in fields(Options)}
-    own = [argument for argument in arguments if argument.partition("=")[0] in names]
-    # As they are typed: a folder may have the name of a number, and a file a `#` in it.
-    given = {key: value for key, _, value in (argument.partition("=") for argument in own)}
-    try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
-    assert isinstance(options, Options)
+    given, overrides = split_arguments(Options, arguments)
+    options = read_options(Options, given)
     problems = {
         "model= is missing: give one folder, Hub name or member of configs/backbone": not options.model,
         "data= is missing: give a member of configs/data": not any(each.startswith("data=") for each in arguments),
@@ -119,7 +112,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     for problem, holds in problems.items():
         if holds:
             raise ConfigError(problem)
-    return options, [argument for argument in arguments if argument not in own]
+    return options, overrides
 
 
 def mine(options: Options, overrides: list[str]) -> dict[str, str]:

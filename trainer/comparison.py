@@ -108,9 +108,21 @@ def print_groups(groups: Sequence[Group], console: Console) -> None:
     if not groups:
         console.print("no job has a score to compare")
         return
+    cells = group_cells(groups)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", overflow="fold")
-    rows = {
+    for column in cells:
+        table.add_column(column, justify="right")
+    for group, *row in zip(groups, *cells.values(), strict=True):
+        table.add_row(group.name, *row)
+    console.print(table)
+    for line in explain_groups(groups):
+        console.print(line)
+
+
+def group_cells(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """What a table says of the groups, by column; what is not known is empty."""
+    return {
         "seeds": [f"{len(group.seeds)}" for group in groups],
         "score": [f"{group.mean:.4f}" for group in groups],
         "sd": ["" if group.sd is None else f"{group.sd:.4f}" for group in groups],
@@ -128,13 +140,6 @@ def print_groups(groups: Sequence[Group], console: Console) -> None:
             "" if group.peak_memory_bytes is None else f"{group.peak_memory_bytes / 1e9:.2f} GB" for group in groups
         ],
     }
-    for column in rows:
-        table.add_column(column, justify="right")
-    for group, *cells in zip(groups, *rows.values(), strict=True):
-        table.add_row(group.name, *cells)
-    console.print(table)
-    for line in explain_groups(groups):
-        console.print(line)
 
 
 def explain_groups(groups: Sequence[Group]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from configs.schema import ConfigError
-from trainer.comparison import Group, explain_groups, p_text
+from trainer.comparison import Group, explain_groups, group_cells
 from trainer.display import TERMS
 from trainer.figures import (
     MOST_POINTS,
@@ -29,7 +29,7 @@ from trainer.figures import (
     smoothing_window,
 )
 from trainer.run_folder import CONFIG, FIGURES, METRICS, REPORT, RESULT, remove_report
-from trainer.sweep import Job, read_jobs
+from trainer.sweep import Job, common_overrides, read_jobs
 from trainer.theme import DARK, LIGHT, css_variables, themed, to_png, to_svg
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -104,7 +104,7 @@ def report_sweep(sweep: Path, groups: Sequence[Group]) -> Path:
     with themed():
         drawn = list(group_figures(groups, metric))
     jobs = read_jobs(sweep)
-    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    common = common_overrides(jobs)
     columns = _columns(groups, metric)
     page = _render(
         "sweep.html",
@@ -394,24 +394,20 @@ def group_figures(groups: Sequence[Group], metric: str) -> Iterator[Drawn]:
 
 
 def _columns(groups: Sequence[Group], metric: str) -> dict[str, list[str]]:
-    """The table of the groups, by column."""
+    """The table of the groups, by column: as on the terminal, in fewer."""
+    cells = group_cells(groups)
+
+    def joined(one: str, other: str, form: str) -> list[str]:
+        pairs = zip(cells[one], cells[other], strict=True)
+        return [first + (form.format(second) if second else "") for first, second in pairs]
+
     return {
         "group": [group.name for group in groups],
-        "seeds": [f"{len(group.seeds)}" for group in groups],
-        f"{metric} ± sd": [f"{group.mean:.4f}" + _number(group.sd, ".4f", before=" ± ") for group in groups],
-        "difference (95 %)": [
-            _number(group.difference, "+.4f")
-            + ("" if group.low is None or group.high is None else f" ({group.low:+.4f} to {group.high:+.4f})")
-            for group in groups
-        ],
-        "p": [p_text(group.p) for group in groups],
-        "p, Holm": [p_text(group.p_holm) for group in groups],
-        "parameters": [f"{group.parameters:,}" for group in groups],
-        "bytes/token": [f"{group.bytes_per_token:,}" for group in groups],
-        "queries/s": [f"{group.queries_per_second:.1f}" for group in groups],
-        "memory": [
-            "" if group.peak_memory_bytes is None else f"{group.peak_memory_bytes / 1e9:.2f} GB" for group in groups
-        ],
+        "seeds": cells["seeds"],
+        f"{metric} ± sd": joined("score", "sd", " ± {}"),
+        "difference (95 %)": joined("difference", "95 % interval", " ({})"),
+        **{name: cells[name] for name in ("p", "p, Holm", "parameters", "bytes/token", "queries/s")},
+        "memory": cells["peak memory"],
     }
 
 
@@ -427,8 +423,8 @@ def _job_row(sweep: Path, job: Job, common: set[str]) -> dict[str, str]:
     }
 
 
-def _number(value: float | None, form: str, *, before: str = "") -> str:
-    return "" if value is None else before + format(value, form)
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _count(number: int, one: str, several: str | None = None) -> str:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,6 +147,11 @@ def read_jobs(sweep: Path) -> list[Job]:
     return [Job(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted((sweep / JOBS).glob("*.json"))]
 
 
+def common_overrides(jobs: Sequence[Job]) -> set[str]:
+    """What was typed for all of several jobs, and so tells none from another."""
+    return set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+
+
 def typed_overrides(log: Path) -> list[str] | None:
     """What was typed for the job that a log is of, as `run_job` wrote it there; None where that is not known."""
     if not log.is_file():
@@ -172,7 +177,7 @@ def summarise(sweep: Path, console: Console) -> tuple[list[Job], list["Group"]]:
     groups, reasons = compare_groups(sweep)
     console.print()
     print_groups(groups, console)
-    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    common = common_overrides(jobs)
     own = {job.job: " ".join(each for each in job.overrides if each not in common) for job in jobs}
     for name, reason in reasons.items():
         console.print(f"left out: {' '.join(filter(None, [name, own.get(name)]))}: {reason}")
