@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from configs.mix import with_sets
+from configs.mix import spell_mix, with_member, with_sets
 from configs.reference import explain_composition, help_text
 from configs.schema import Config, ConfigError, Mode, TrackerName, assignment, changed_keys, parse_config
 from trainer.console import fail
@@ -85,18 +85,8 @@ def _hydra(arguments: list[str]) -> None:
 
 def own_settings(arguments: list[str]) -> list[str]:
     """The arguments, where a backbone that is named without its preset brings its own settings, not the default's, and
-    the sets of a mix need neither data=mix nor a sign."""
-    # Hydra would have names that no config knows, as those of the sets are, appended with a sign of its own.
-    arguments = [
-        f"++{given}" if given.startswith(("data.mix=", "data.mix.", "data.sets.")) else given for given in arguments
-    ]
-    keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
-    for key, member in (("backbone.name", "backbone=checkpoint"), ("data.mix", "data=mix")):
-        if key in keys and key.split(".")[0] not in keys:
-            # Beside the key: Hydra's parser takes overrides in one row, before the flags or behind them.
-            place = keys.index(key)
-            arguments, keys = ([*row[:place], member, *row[place:]] for row in (arguments, keys))
-    return arguments
+    a mix is spelt as Hydra takes it."""
+    return with_member(spell_mix(arguments), "backbone.name", "backbone=checkpoint")
 
 
 def _task(composed: DictConfig) -> float | None:

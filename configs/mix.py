@@ -3,6 +3,7 @@
 The member has the set's own name, or the one that `data.sets.<name>.member` gives, so that several sets can be of one.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, cast
 
@@ -11,6 +12,25 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from configs.schema import ConfigError, SetConfig, assignment
+
+
+def spell_mix(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line, where the sets of a mix need neither data=mix nor a sign."""
+    # Hydra would have names that no config knows, as those of the sets are, appended with a sign of its own.
+    signed = [
+        f"++{given}" if given.startswith(("data.mix=", "data.mix.", "data.sets.")) else given for given in arguments
+    ]
+    return with_member(signed, "data.mix", "data=mix")
+
+
+def with_member(arguments: Sequence[str], key: str, member: str) -> list[str]:
+    """The arguments, with this member of the key's group where the key stands without one."""
+    keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
+    if key not in keys or key.partition(".")[0] in keys:
+        return list(arguments)
+    # Beside the key: Hydra's parser takes overrides in one row, before the flags or behind them.
+    place = keys.index(key)
+    return [*arguments[:place], member, *arguments[place:]]
 
 
 def with_sets(composed: DictConfig) -> DictConfig:

@@ -43,8 +43,10 @@ from scripts.models import CONFIGS, build_model, compose_config, load_model
 from scripts.options import read_options
 from trainer.comparison import average, other_queries, p_text
 from trainer.console import make_console
-from trainer.data import load_evaluation
+from trainer.data import load_evaluation, named_sets
 from trainer.data.retrieval import RetrievalSet
+from trainer.data.tokens import Task
+from trainer.evaluation import encode
 from trainer.metrics import read_scores
 from trainer.run_folder import CONFIG, MODEL, RESULT, SCORES
 from trainer.significance import compare_paired, holm
@@ -211,10 +213,10 @@ class Inspector:
     def __init__(self, sides: Sequence[Side]) -> None:
         self._first = sides[0]
         self._problems: dict[str, str] = {}
-        self._retrieval: RetrievalSet | None = None
+        self._asked: dict[str, tuple[RetrievalSet, str]] | None = None
         for path in dict.fromkeys(path for side in sides for path in side.paths):
-            self._retrieval = self._retrieval or self._try("no texts", path, lambda path=path: self._texts(path))
-        if self._retrieval is not None:
+            self._asked = self._asked or self._try("no texts", path, lambda path=path: self._texts(path))
+        if self._asked is not None:
             self._problems.clear()
         self._encoder = cache(lambda path: self._try("no tokens", path, lambda: load_encoder(path)))
 
@@ -223,7 +225,7 @@ class Inspector:
 
     def differing(self, side: Side, *, most: int) -> list[dict[str, Any]]:
         """The queries that differ most, with what is known of them, the largest difference first."""
-        first, retrieval = self._first, self._retrieval
+        first = self._first
         changes = {query: value - first.values[query] for query, value in side.values.items()}
         rows: list[dict[str, Any]] = []
         for query in sorted((query for query in changes if changes[query]), key=lambda query: -abs(changes[query])):
@@ -232,24 +234,35 @@ class Inspector:
             scores = [first.values[query], side.values[query]]
             row: dict[str, Any] = {"query": query, "scores": scores, "difference": changes[query]}
             rows.append(row)
-            if retrieval is None:
+            if self._asked is None:
                 continue
-            grades = retrieval.judgements[query]
+            retrieval, own = self._asked[query]
+            grades = retrieval.judgements[own]
             document = max((key for key in grades if key in retrieval.corpus), key=grades.__getitem__)
-            texts = retrieval.queries[query], retrieval.corpus[document]
+            texts = retrieval.queries[own], retrieval.corpus[document]
             row |= {"text": texts[0], "document": document, "document_text": texts[1]}
             encoders = [self._encoder(each.paths[0]) for each in (first, side)]
             row["matches"] = [
-                None if encoder is None else [asdict(match) for match in matches(encoder, *texts)]
+                None if encoder is None else [asdict(match) for match in matches(encoder, *texts, retrieval)]
                 for encoder in encoders
             ]
         return rows
 
-    def _texts(self, path: Path) -> RetrievalSet:
-        retrieval, _ = load_evaluation(config_of(path).data)
-        if missing := [query for query in self._first.values if query not in retrieval.judgements]:
+    def _texts(self, path: Path) -> dict[str, tuple[RetrievalSet, str]]:
+        """The set that each query is of, and its id there, by its id in the scores."""
+        sets, result = named_sets(config_of(path).data), _folder(path) / RESULT
+        scored = json.loads(result.read_text(encoding="utf-8")).get("set") if result.is_file() else None
+        # An evaluation has scored one set, and a run all that it mixes, with their names before the ids.
+        sets = {name: each for name, each in sets.items() if name == scored} or sets
+        asked = dict[str, tuple[RetrievalSet, str]]()
+        for name, each in sets.items():
+            retrieval, _ = load_evaluation(name, each)
+            if retrieval is not None:
+                named = f"{name}/" if len(sets) > 1 else ""
+                asked |= {f"{named}{query}": (retrieval, query) for query in retrieval.judgements}
+        if missing := [query for query in self._first.values if query not in asked]:
             raise ConfigError(f"its data has none of {len(missing):,} of the queries, first {missing[0]}")
-        return retrieval
+        return asked
 
     def _try(self, what: str, path: Path, load: Any) -> Any:
         try:
@@ -288,12 +301,13 @@ def load_encoder(path: Path) -> MultiVectorEncoder:
     return encoder.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else encoder
 
 
-def matches(encoder: MultiVectorEncoder, query: str, document: str) -> list[Match]:
+def matches(encoder: MultiVectorEncoder, query: str, document: str, retrieval: RetrievalSet) -> list[Match]:
     """What each token of the query that is scored adds to MaxSim, and the first document token that gives it;
-    nothing where no token of the document is scored."""
+    nothing where no token of the document is scored. retrieval: the set of both, whose prefixes and lengths they have.
+    """
     (tokens, vectors), (document_tokens, document_vectors) = (
-        _scored(encoder, query, "query"),
-        _scored(encoder, document, "document"),
+        _scored(encoder, query, "query", retrieval),
+        _scored(encoder, document, "document", retrieval),
     )
     if not document_tokens:
         return []
@@ -304,10 +318,11 @@ def matches(encoder: MultiVectorEncoder, query: str, document: str) -> list[Matc
     ]
 
 
-def _scored(encoder: MultiVectorEncoder, text: str, task: str) -> tuple[list[str], torch.Tensor]:
+def _scored(
+    encoder: MultiVectorEncoder, text: str, task: Task, retrieval: RetrievalSet
+) -> tuple[list[str], torch.Tensor]:
     """The tokens of a text that are scored, and their vectors (tokens, width)."""
-    encode = encoder.encode_query if task == "query" else encoder.encode_document
-    features: Any = encode(text, output_value=None, show_progress_bar=False)
+    [features] = encode(encoder, [text], retrieval, task, output_value=None)
     mask = features["attention_mask"].bool()
     tokens = encoder.tokenizer.convert_ids_to_tokens(features["input_ids"][mask].tolist())
     return tokens, features["token_embeddings"][mask].float()

@@ -202,10 +202,10 @@ def load(asked: tuple[str, Path]) -> Loaded:
         for number, (row, score) in enumerate(zip(example["documents"], scores, strict=True)):
             trained.add((queries[example["query"]], documents[row], number < example["positives"], score))
     scored = set()
-    if data.evaluation is not None:
-        for query, grades in data.evaluation.judgements.items():
+    for evaluation in data.evaluation.values():
+        for query, grades in evaluation.judgements.items():
             for document, grade in grades.items():
-                scored.add((data.evaluation.queries[query], data.evaluation.corpus[document], grade))
+                scored.add((evaluation.queries[query], evaluation.corpus[document], grade))
     return Loaded(frozenset(trained), len(examples), frozenset(scored), examples.warnings)
 
 

@@ -9,10 +9,12 @@
 
 model= is a folder, a Hub name or a member of configs/backbone, or bm25 (pip install -e ".[mining]"), whose run.trec may
 be ranked again by another; keys of data, backbone and head are those of train.py.
-What is scored is what a run with these keys is scored on. Of a BEIR folder data.evaluation_split names the judgements,
-and data.split alone does as well, since nothing is trained on. benchmark=beir or nanobeir takes the public sets, or
-those of sets=, from folders of their names under data.root, else from the Hub, and puts nDCG@10 beside published
-figures (scripts/benchmarks.yaml). candidates= is a TREC run whose documents are ranked again.
+What is scored is what a run with these keys is scored on, of data.mix each set by itself. Of a BEIR folder
+data.evaluation_split names the judgements, and data.split alone does as well, since nothing is trained on.
+benchmark=beir or nanobeir takes the public sets, or those of sets=, from folders of their names under data.root, else
+from the Hub, and puts nDCG@10 beside published figures (scripts/benchmarks.yaml). Prompts of a model that its files do
+not hold are data.query_prefix='"[Q] search_query: "' and data.document_prefix=. candidates= is a TREC run whose
+documents are ranked again.
 
 batch_size=32 texts are encoded at once, and the vectors of block=512 texts of documents are held at once;
 device=cpu or cuda, else the accelerator that there is; precision=float32, bf16 or fp16. Into output_dir, of several
@@ -49,8 +51,9 @@ from rich.table import Table
 from sentence_transformers import MultiVectorEncoder
 
 from architectures.layouts import read_checkpoint
+from configs.mix import spell_mix
 from configs.reference import explain_composition
-from configs.schema import Config, ConfigError, DataFormat, Metric, Precision, assignment
+from configs.schema import Config, ConfigError, DataFormat, Metric, Precision, SetConfig, assignment
 from scripts.bm25 import rank_by_bm25
 from scripts.models import CONFIGS, build_model, compose_config
 from scripts.options import read_options, split_arguments
@@ -70,9 +73,12 @@ BM25 = "bm25"
 BENCHMARKS = Path(__file__).with_name("benchmarks.yaml")
 RUN, SCORES, RESULT = "run.trec", "scores.jsonl", "result.json"
 UNFINISHED = ".unfinished"
-# Parts of a config that an evaluation reads, and keys of data that only training does.
+# Parts of a config that an evaluation reads.
 READ = ("backbone", "head", "data", "seed")
-OF_TRAINING = ("query_length", "document_length", "query_prefix", "document_prefix")
+# Keys of data that a benchmark leaves open.
+OF_BENCHMARKS = tuple(
+    f"data.{name}" for name in ("root", "query_prefix", "document_prefix", "query_length", "document_length")
+)
 
 
 @dataclass
@@ -102,6 +108,7 @@ class Job:
     model: list[str]
     """Other keys of that command line: those of the model."""
     config: Config
+    set: SetConfig
     folder: Path
 
 
@@ -126,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     """The options, and what is left for the config. Raises ConfigError for a value that cannot be."""
-    given, overrides = split_arguments(Options, arguments)
+    given, overrides = split_arguments(Options, spell_mix(arguments))
     options = read_options(Options, {key: None if value == "null" else value for key, value in given.items()})
     chosen = [override for override in overrides if override.startswith("data=")]
     problems = {
@@ -165,22 +172,25 @@ def compose_jobs(options: Options, overrides: list[str]) -> list[Job]:
         key = override.partition("=")[0].lstrip("+")
         if key.partition(".")[0] in read_nowhere:
             raise ConfigError(f"{override} has no effect on a score: give keys of {', '.join(READ)}")
-        if key in (f"data.{name}" for name in OF_TRAINING):
-            raise ConfigError(f"{override} is read in training alone: set backbone.{key.removeprefix('data.')}")
-    of_data = [override for override in overrides if override.startswith("data.")]
+    of_data = [override for override in overrides if override.lstrip("+").startswith("data.")]
     sets = benchmark_sets(options, of_data) if options.benchmark is not None else {}
     for chosen in overrides:
         if chosen.startswith("data="):
             sets |= {name: [f"data={name}", *of_data] for name in chosen.removeprefix("data=").split(",")}
-    other = [override for override in overrides if not override.startswith(("data=", "data."))]
-    folder, jobs = Path(options.output_dir), []
+    other = [override for override in overrides if not override.lstrip("+").startswith(("data=", "data."))]
+    composed = list[tuple[str, list[str], Config, SetConfig]]()
     for name, data in sets.items():
         config = compose_config(options.model, f"trainer.precision={options.precision.name}", *other, *data)
         typed = [override.partition("=")[0] for override in data]
         if config.data.format is DataFormat.beir and "data.split" in typed and "data.evaluation_split" not in typed:
             data = [override.replace("data.split=", "data.evaluation_split=", 1) for override in data]
             config.data = replace(config.data, evaluation_split=config.data.split)
-        jobs.append(Job(name, data, other, config, folder / name if len(sets) > 1 else folder))
+        composed += [(own, data, config, each) for own, each in (config.data.sets or {name: config.data}).items()]
+    folder = Path(options.output_dir)
+    jobs = [
+        Job(name, data, other, config, each, folder / name if len(composed) > 1 else folder)
+        for name, data, config, each in composed
+    ]
     if options.candidates is not None and len(jobs) > 1:
         raise ConfigError(f"candidates={options.candidates} is a run for one set, and {len(jobs)} are scored: name one")
     return jobs
@@ -199,10 +209,10 @@ def benchmark_sets(options: Options, of_data: list[str]) -> dict[str, list[str]]
     if options.benchmark not in known:
         raise ConfigError(_nearest("benchmark", str(options.benchmark), list(known)))
     benchmark = known[options.benchmark]
-    if typed := [override for override in of_data if not override.startswith("data.root=")]:
+    if typed := [override for override in of_data if override.partition("=")[0] not in OF_BENCHMARKS]:
         raise ConfigError(
-            f"{' '.join(typed)}: benchmark={options.benchmark} says how its sets are read: give data.root alone, or "
-            "the set by data= and not as part of a benchmark"
+            f"{' '.join(typed)}: benchmark={options.benchmark} says what its sets are: give of data only "
+            f"{', '.join(OF_BENCHMARKS)}, or the set by data= and not as part of a benchmark"
         )
     root = compose_config(options.model, "data=beir", "data.path=none", *of_data).data.root
     found = {}
@@ -294,7 +304,12 @@ def score(
     encoder: None is BM25, by which the main process ranks alone. What is raised before the ranking is raised on every
     process, or they would wait for each other.
     """
-    retrieval, warnings = load_evaluation(job.config.data)
+    retrieval, warnings = load_evaluation(job.name, job.set)
+    if retrieval is None:
+        raise ConfigError(
+            f"{job.name} has no example to score on: set data.evaluation_split, data.evaluation_path or "
+            "data.evaluation_fraction"
+        )
     if problem := unfit_id(retrieval):
         raise ConfigError(problem)
     if options.candidates is not None:
@@ -323,6 +338,7 @@ def score(
         "model": options.model,
         "model_overrides": job.model,
         "data": job.data,
+        "set": job.name,
         "candidates": options.candidates,
         **means(values),
         "queries": queries,

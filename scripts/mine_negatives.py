@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sentence_transformers import MultiVectorEncoder
 
 from architectures.layouts import read_checkpoint
+from configs.mix import spell_mix
 from configs.reference import explain_composition
 from configs.schema import ConfigError
 from scripts.bm25 import rank_by_bm25
@@ -88,11 +89,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """The options, and what is left for the config. Raises ConfigError for a value that cannot be."""
-    given, overrides = split_arguments(Options, arguments)
+    given, overrides = split_arguments(Options, spell_mix(arguments))
     options = read_options(Options, given)
     problems = {
         "model= is missing: give one folder, Hub name or member of configs/backbone": not options.model,
-        "data= is missing: give a member of configs/data": not any(each.startswith("data=") for each in arguments),
+        "data= is missing: give a member of configs/data": not any(each.startswith("data=") for each in overrides),
         f"output={options.output} must end in .jsonl or .jsonl.gz": not options.output.endswith(
             (".jsonl", ".jsonl.gz")
         ),
@@ -173,7 +174,7 @@ def mined_rows(
 
     def scored(candidates: dict[str, list[str]] | None, depth: int) -> Scores:
         asking = queries if candidates is None else {key: queries[key] for key in candidates}
-        asked = RetrievalSet(asking, corpus, judgements={}, candidates=candidates)
+        asked = RetrievalSet(asking, corpus, judgements={}, candidates=candidates).read_as(examples.config)
         if not asked.queries:
             return {}
         [ranking] = rank(

@@ -9,7 +9,7 @@ from sentence_transformers import MultiVectorEncoder
 from transformers.utils import logging as transformers_logging
 
 from architectures.factory import build_encoder
-from configs.mix import with_sets
+from configs.mix import spell_mix, with_sets
 from configs.schema import Config, assignment, parse_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def compose_config(name: str, *overrides: str) -> Config:
     """The config of a run that starts from this model, with overrides as on the command line of train.py."""
     ConfigStore.instance().store("schema", Config)
+    overrides = tuple(spell_mix(overrides))
     preset = (CONFIGS / "backbone" / f"{name}.yaml").is_file()
     backbone = [f"backbone={name}"] if preset else ["backbone=checkpoint", assignment("backbone.name", name)]
     # Prose, whatever the embedded default is trained on.

@@ -18,6 +18,7 @@ from scripts import evaluate
 from scripts.models import compose_config, load_model
 from tests.conftest import ROOT, WORDS, run_command
 from trainer.data import load_evaluation
+from trainer.data.retrieval import RetrievalSet
 from trainer.metrics import read_scores
 
 pytestmark = pytest.mark.usefixtures("own_caches", "as_loud_as_before")
@@ -50,6 +51,13 @@ def beir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("root") / "scifact"
     write_beir(folder, seed=1)
     return folder
+
+
+def retrieval_of(*composed: str) -> RetrievalSet:
+    """What a config is scored on."""
+    retrieval, _ = load_evaluation("set", compose_config(*composed).data)
+    assert retrieval is not None
+    return retrieval
 
 
 def write_beir(folder: Path, *, seed: int, split: str = "test") -> None:
@@ -87,7 +95,9 @@ def score(
     def run(*arguments: str) -> tuple[int, str, str]:
         AcceleratorState._reset_state(reset_partial_state=True)
         keys = {argument.partition("=")[0] for argument in arguments}
-        given = [] if keys & {"data", "benchmark"} else ["data=beir", f"data.path={beir}", "data.split=test"]
+        given = (
+            [] if keys & {"data", "benchmark", "data.mix"} else ["data=beir", f"data.path={beir}", "data.split=test"]
+        )
         own = {"model": model, "output_dir": tmp_path / "scores"}
         status = evaluate.main(
             [*(f"{key}={value}" for key, value in own.items() if key not in keys), *given, *arguments]
@@ -161,9 +171,7 @@ def test_the_run_is_the_ranking_of_every_score_by_itself(
 ) -> None:
     assert score()[0] == 0
     encoder = MultiVectorEncoder(str(model), device="cpu")
-    retrieval, _ = load_evaluation(
-        compose_config(str(model), "data=beir", f"data.path={beir}", "data.evaluation_split=test").data
-    )
+    retrieval = retrieval_of(str(model), "data=beir", f"data.path={beir}", "data.evaluation_split=test")
     rows = [line.split() for line in (tmp_path / "scores" / "run.trec").read_text().splitlines()]
     assert len(rows) == QUERIES * DOCUMENTS
     for query, text in retrieval.queries.items():
@@ -204,6 +212,36 @@ def test_three_processes_write_the_run_file_of_one(
 # Which set
 
 
+def test_a_set_is_scored_with_its_prefixes_and_lengths(
+    score: Callable[..., tuple[int, str, str]], beir: Path, tmp_path: Path
+) -> None:
+    data = ["data=beir", f"data.path={beir}", "data.split=test"]
+    own = ["data.query_prefix=''", "data.document_prefix=''", "data.document_length=5", "data.query_length=6"]
+    of_model = [key.replace("data.", "backbone.", 1) for key in own]
+    runs = []
+    for number, keys in enumerate(([], own, of_model)):
+        status, _, error = score(*data, *keys, f"output_dir={tmp_path}/{number}")
+        assert status == 0, error
+        runs.append((tmp_path / f"{number}" / "run.trec").read_bytes())
+    assert runs[1] == runs[2] != runs[0]
+
+
+def test_of_a_mix_each_set_is_scored_by_itself(score: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for seed, name in enumerate(("scifact", "nfcorpus")):
+        write_beir(root / name, seed=seed)
+    keys = [f"data.root={root}", "data.mix={scifact: 1, nfcorpus: 1}", "data.sets.nfcorpus.evaluation_split=test"]
+    status, printed, error = score(*keys, "data.sets.nfcorpus.query_prefix='a cat '")
+    assert (status, error) == (0, "")
+    results = json.loads(printed.splitlines()[-1])
+    assert list(results) == ["scifact", "nfcorpus"]
+    for name in results:
+        alone = [f"data={name}", f"data.root={root}", "data.evaluation_split=test", f"output_dir={tmp_path}/{name}"]
+        assert score(*alone, *(["data.query_prefix='a cat '"] if name == "nfcorpus" else []))[0] == 0
+        run = (tmp_path / "scores" / name / "run.trec").read_bytes()
+        assert run == (tmp_path / name / "run.trec").read_bytes()
+
+
 def test_a_split_alone_is_the_one_that_is_scored(
     score: Callable[..., tuple[int, str, str]], beir: Path, tmp_path: Path
 ) -> None:
@@ -215,8 +253,7 @@ def test_a_split_alone_is_the_one_that_is_scored(
         scored.append(json.loads(printed.splitlines()[-1]))
     assert [each["ndcg@10"] for each in scored] == [scored[0]["ndcg@10"]] * 2
     # What is written can be typed again.
-    retrieval, _ = load_evaluation(compose_config("minilm", *scored[0]["data"]).data)
-    assert len(retrieval.queries) == scored[0]["queries"]
+    assert len(retrieval_of("minilm", *scored[0]["data"]).queries) == scored[0]["queries"]
 
 
 def test_other_formats_are_scored_on_what_a_run_would_be(
@@ -230,7 +267,7 @@ def test_other_formats_are_scored_on_what_a_run_would_be(
     assert status == 0, error
     assert json.loads(printed.splitlines()[-1])["queries"] == len(WORDS)
     assert error_of(score(*data, "data.evaluation_fraction=0", f"output_dir={tmp_path}/other")).startswith(
-        "the data has no example to score on: set data.evaluation_split"
+        "pairs has no example to score on: set data.evaluation_split"
     )
 
 
@@ -335,10 +372,11 @@ def test_a_benchmark_is_printed_beside_published_figures(
 ) -> None:
     for seed, name in enumerate(("scifact", "arguana")):
         write_beir(tmp_path / "root" / name, seed=seed)
-    keys = ["benchmark=beir", "sets=scifact,arguana", f"data.root={tmp_path}/root"]
+    keys = ["benchmark=beir", "sets=scifact,arguana", f"data.root={tmp_path}/root", "data.query_prefix='[Q] cat '"]
     status, printed, error = score(*keys)
     assert (status, error) == (0, "")
     results = json.loads(printed.splitlines()[-1])
+    assert retrieval_of("minilm", *results["scifact"]["data"]).query_prefix == "[Q] cat "
     assert "data.ignore_identical_ids=true" in results["arguana"]["data"]
     assert "data.ignore_identical_ids=true" not in results["scifact"]["data"]
     published = {"scifact": (69.3, 74.77, 67.8, 76.34), "arguana": (46.3, 50.09, 36.6, 48.51)}
@@ -391,7 +429,7 @@ def test_the_published_figures_are_of_all_sets_of_their_benchmark() -> None:
         (["benchmark=bier"], "benchmark=bier is none; the nearest is beir, of beir, nanobeir"),
         (["benchmark=beir", "sets=scifakt"], "sets=scifakt is none; the nearest is scifact, of nfcorpus, scifact, "),
         (["benchmark=beir", "data=scifact"], "data=scifact: give benchmark= or data= and this once"),
-        (["benchmark=beir", "data.split=dev"], "data.split=dev: benchmark=beir says how its sets are read"),
+        (["benchmark=beir", "data.split=dev"], "data.split=dev: benchmark=beir says what its sets are: give "),
         (["sets=scifact"], "sets=scifact are those of a benchmark: give benchmark= as well"),
         (["output_dir="], "output_dir= is missing"),
         (["model="], "model= is missing"),
@@ -402,7 +440,6 @@ def test_the_published_figures_are_of_all_sets_of_their_benchmark() -> None:
         (["device=tpu"], "device=tpu must be cpu or cuda"),
         (["device=cpu", "precision=fp16"], "precision=fp16 needs a GPU: use float32 or bf16"),
         (["optimizer.learning_rate=1"], "optimizer.learning_rate=1 has no effect on a score: give keys of "),
-        (["data.document_length=9"], "data.document_length=9 is read in training alone: set backbone.document_length"),
         (["dat.path=x"], "dat is no key; the nearest is data"),
         (["model=nowhere/at/all"], "backbone.name=nowhere/at/all is neither a folder"),
         (["data=scifact,nfcorpus", "candidates=a.trec"], "candidates=a.trec is a run for one set, and 2 are scored"),

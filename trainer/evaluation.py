@@ -5,6 +5,7 @@ What is encoded together is the same on any number of processes, and so is, to t
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,7 +19,8 @@ from losses.gather import gather_texts
 from losses.matryoshka import cut
 from losses.maxsim import maxsim
 from trainer.data.retrieval import RetrievalSet
-from trainer.metrics import DEPTH, score_rankings
+from trainer.data.tokens import Task, at_length
+from trainer.metrics import DEPTH, QueryScores, score_rankings
 
 # Texts of documents whose vectors are held at once.
 BLOCK_DOCUMENTS = 512
@@ -59,24 +61,27 @@ class Ranking(Mapping[str, dict[str, float]]):
 
 def evaluate(
     encoder: MultiVectorEncoder,
-    retrieval: RetrievalSet,
+    sets: Mapping[str, RetrievalSet],
     *,
     batch_size: int,
     widths: Sequence[int],
     progress: Progress | None = None,
-) -> dict[str, dict[str, float]]:
-    """Return the value of each judged query, by query id, by metric, for the encoder on a retrieval set.
+) -> dict[str, QueryScores]:
+    """Return the value of each judged query, by query id, by metric, by set, for the encoder on retrieval sets.
 
     widths: components, fewer than the model's own, to which the vectors are cut as well; the metrics of these are named
     `ndcg@10/64` and so on. Every process must call it, and all get the same.
     """
-    rankings = rank(encoder, retrieval, batch_size=batch_size, widths=widths, progress=progress)
-    own_width = max(rankings)
-    return {
-        name if width == own_width else f"{name}/{width}": values
-        for width, ranking in rankings.items()
-        for name, values in score_rankings(retrieval.judgements, ranking).items()
-    }
+    scores = dict[str, QueryScores]()
+    for name, retrieval in sets.items():
+        rankings = rank(encoder, retrieval, batch_size=batch_size, widths=widths, progress=progress)
+        own_width = max(rankings)
+        scores[name] = {
+            metric if width == own_width else f"{metric}/{width}": values
+            for width, ranking in rankings.items()
+            for metric, values in score_rankings(retrieval.judgements, ranking).items()
+        }
+    return scores
 
 
 @torch.inference_mode()
@@ -102,7 +107,7 @@ def rank(
     processes, depth, block_documents = PartialState(), depth or DEPTH, block_documents or BLOCK_DOCUMENTS
     was_training = encoder.training
     # Encoding switches to evaluation; the loop goes on with dropout afterwards.
-    queries, query_mask = _encode_queries(encoder, list(retrieval.queries.values()), batch_size)
+    queries, query_mask = _encode_queries(encoder, retrieval, batch_size)
     # In this order the higher of two rows is the higher id.
     document_ids, rankers = _ranked_documents(retrieval)
     rows_of: dict[str, list[int]] = {}
@@ -122,9 +127,7 @@ def rank(
     not_a_number: tuple[int, str, str] | None = None
     for start in starts:
         block = texts[start : start + block_documents]
-        documents, document_mask = _pad(
-            encoder.encode_document(block, batch_size=batch_size, show_progress_bar=False), encoder
-        )
+        documents, document_mask = _pad(encode(encoder, block, retrieval, "document", batch_size=batch_size), encoder)
         places = [(column, row) for column, text in enumerate(block) for row in rows_of[text]]
         of_block, rows = torch.tensor(places, device=queries.device).T
         is_ranked = _is_ranked([document_ids[row] for _, row in places], retrieval, rankers, queries)
@@ -158,18 +161,33 @@ def rank(
     return {width: Ranking(query_rows, document_ids, _of_all_processes(keys)) for width, keys in best.items()}
 
 
-def _encode_queries(encoder: MultiVectorEncoder, texts: list[str], batch_size: int) -> tuple[Tensor, Tensor]:
+def encode(
+    encoder: MultiVectorEncoder, texts: list[str], retrieval: RetrievalSet, task: Task, **options: Any
+) -> list[Any]:
+    """Return what sentence-transformers returns for each text of a side, by default its vectors (tokens, H), with the
+    prefix and the length of the set; options: of its `encode_query` and `encode_document`."""
+    is_query = task == "query"
+    method: Any = encoder.encode_query if is_query else encoder.encode_document
+    prefix, length = (
+        (retrieval.query_prefix, retrieval.query_length)
+        if is_query
+        else (retrieval.document_prefix, retrieval.document_length)
+    )
+    with at_length(encoder, task, length):
+        encoded: list[Any] = method(texts, prompt=prefix, show_progress_bar=False, **options)
+    return encoded
+
+
+def _encode_queries(encoder: MultiVectorEncoder, retrieval: RetrievalSet, batch_size: int) -> tuple[Tensor, Tensor]:
     """Vectors (Q, I, H) float32 and mask (Q, I), on every process; each encodes some of the batches."""
-    processes = PartialState()
+    processes, texts = PartialState(), list(retrieval.queries.values())
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     shares = [batches[process :: processes.num_processes] for process in range(processes.num_processes)]
     own = [
         vectors
         for batch in shares[processes.process_index]
-        for vectors in encoder.encode_query(
-            [texts[row] for row in batch], batch_size=batch_size, show_progress_bar=False
-        )
+        for vectors in encode(encoder, [texts[row] for row in batch], retrieval, "query", batch_size=batch_size)
     ]
     vectors, mask, _ = gather_texts(*_pad(own, encoder))
     gathered = [row for share in shares for batch in share for row in batch]

@@ -5,7 +5,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from signal import SIGTERM
 from typing import Any
@@ -30,7 +30,7 @@ from trainer.display import ProgressDisplay, counting
 from trainer.encoding import TrainedModel, encode_batch
 from trainer.evaluation import evaluate
 from trainer.grad_cache import GradCache
-from trainer.metrics import means
+from trainer.metrics import QueryScores, join_sets, means
 from trainer.optim import build_optimizer, build_schedule, learning_rates
 from trainer.run_folder import BEST, MODEL, SCORES, SCORES_BEFORE, RunFolder
 from trainer.significance import change_interval
@@ -94,7 +94,7 @@ def train(
     *,
     loss: Loss,
     batches: StepBatches,
-    evaluation: RetrievalSet | None,
+    evaluation: Mapping[str, RetrievalSet],
     config: Config,
     folder: RunFolder,
     tracker: Tracker,
@@ -120,23 +120,26 @@ def train(
     model, optimizer = accelerator.prepare(whole, optimizer)
     cached, watched = config.trainer.cache_tokens is not None, config.evaluation.metric.name
 
-    scores: dict[str, dict[str, float]] = {}  # of each query, at the last evaluation
+    scores: QueryScores = {}  # of each query, at the last evaluation
 
     def score() -> dict[str, float] | None:
         nonlocal scores
-        if evaluation is None:
+        if not evaluation:
             return None
         with accelerator.autocast(), counting(console, "documents ranked") as ranked:
-            scores = evaluate(
+            of_sets = evaluate(
                 encoder,
                 evaluation,
                 batch_size=config.evaluation.batch_size,
                 widths=config.loss.matryoshka.widths[1:],
                 progress=ranked,
             )
-        return means(scores)
+        scores = join_sets(of_sets)
+        several = of_sets if len(of_sets) > 1 else {}
+        return means(scores) | {f"{name}/{watched}": means(own)[watched] for name, own in several.items()}
 
-    evaluation_id = identity("\n".join(evaluation.queries.values())) if evaluation is not None else 0
+    asked = [text for each in evaluation.values() for text in each.queries.values()]
+    evaluation_id = identity("\n".join(asked)) if asked else 0
     if done.step > 0 and done.evaluation_id != evaluation_id:
         raise TrainingError(
             f"{folder.path} was scored on other queries before it stopped: give it the data that it had, or start "

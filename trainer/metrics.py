@@ -13,10 +13,11 @@ from configs.schema import ConfigError, Metric
 # Documents ranked for each query, as trec_eval's runs usually are: MAP reads them all.
 DEPTH = 1000
 
+QueryScores = dict[str, dict[str, float]]
+"""The value of each judged query, by query id, by the metric's name."""
 
-def score_rankings(
-    judgements: dict[str, dict[str, int]], rankings: Mapping[str, dict[str, float]]
-) -> dict[str, dict[str, float]]:
+
+def score_rankings(judgements: dict[str, dict[str, int]], rankings: Mapping[str, dict[str, float]]) -> QueryScores:
     """Return the value of every metric for every judged query, by query id, by the metric's name; all in [0, 1].
 
     judgements: grade by document id, by query id; rankings: score by document id, by query id; of documents that tie,
@@ -35,20 +36,30 @@ def score_rankings(
     return values
 
 
-def means(values: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the mean over the queries of every metric, by its name, from what `score_rankings` returns."""
+def join_sets(scores: Mapping[str, QueryScores]) -> QueryScores:
+    """Return the scores of all sets, by set, as those of one; of several, a set's name and / go before its ids."""
+    joined: QueryScores = {}
+    for name, own in scores.items():
+        for metric, values in own.items():
+            named = values if len(scores) == 1 else {f"{name}/{query}": value for query, value in values.items()}
+            joined.setdefault(metric, {}).update(named)
+    return joined
+
+
+def means(values: QueryScores) -> dict[str, float]:
+    """Return the mean over the queries of every metric, by its name."""
     return {name: fmean(by_query.values()) for name, by_query in values.items()}
 
 
-def write_scores(path: Path, values: dict[str, dict[str, float]]) -> None:
-    """Write what `score_rankings` returns as JSON lines, one a judged query."""
+def write_scores(path: Path, values: QueryScores) -> None:
+    """Write scores as JSON lines, one a judged query."""
     queries = next(iter(values.values()))
     lines = ({"query": query, **{name: own[query] for name, own in values.items()}} for query in queries)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def read_scores(path: Path) -> dict[str, dict[str, float]]:
-    """Return what `write_scores` wrote: the value of each judged query, by query id, by the metric's name.
+def read_scores(path: Path) -> QueryScores:
+    """Return what `write_scores` wrote.
 
     Raises ConfigError that names the line of what no such file holds.
     """
@@ -56,7 +67,7 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): give a file of scores") from error
-    values: dict[str, dict[str, float]] = {}
+    values: QueryScores = {}
     for number, line in enumerate(lines, start=1):
         query, own = _scores_of(line, f"{path}:{number}")
         if number == 1:

@@ -34,9 +34,11 @@ def describe_run(
     processes = accelerator.num_processes
     each = f"{micro_batch // processes}" if micro_batch % processes == 0 else f"about {micro_batch / processes:.1f}"
     evaluation = "none: data.evaluation_fraction holds out no example"
-    if data.evaluation is not None:
-        evaluation = f"{len(data.evaluation.queries):,} queries, {len(data.evaluation.corpus):,} documents"
-        evaluation += ", each query's own re-ranked" if data.evaluation.candidates is not None else ""
+    if scored := data.evaluation.values():
+        queries, documents = (sum(len(getattr(each, side)) for each in scored) for side in ("queries", "corpus"))
+        evaluation = f"{queries:,} queries, {documents:,} documents"
+        if own := [name for name, each in data.evaluation.items() if each.candidates is not None]:
+            evaluation += ", each query's own re-ranked" + (f" of {', '.join(own)}" if len(own) < len(scored) else "")
     steps = count_steps(config, data.size)
     reasons = [kernel_obstacle(**each) for each in maxsim_inputs(config, accelerator.device, encoder)]
     reason = next(filter(None, reasons), None)

@@ -39,7 +39,7 @@ NO_MIX: dict[str, Any] = {
 def make_data(*, negatives: bool = False, evaluation: RetrievalSet | None = None) -> Data:
     rows = zip(QUERIES, POSITIVES, NEGATIVES, strict=True)
     documents = [[positive, *(texts if negatives else [])] for _, positive, texts in rows]
-    return Data([to_examples(documents, [[]] * len(QUERIES))], evaluation)
+    return Data([to_examples(documents, [[]] * len(QUERIES))], {} if evaluation is None else {"made": evaluation})
 
 
 def to_examples(documents: list[list[str]], scores: list[list[float]]) -> TrainingSet:

@@ -61,9 +61,8 @@ def examples_of(folder: Path, **changes: Any) -> TrainingSet:
 
 
 def evaluation_of(folder: Path, **changes: Any) -> RetrievalSet:
-    evaluation = load_data(make_set_config("beir", root=str(folder.parent), path="set", **changes)).evaluation
-    assert evaluation is not None
-    return evaluation
+    data = load_data(make_set_config("beir", root=str(folder.parent), path="set", **changes))
+    return data.evaluation["set"]
 
 
 def error(folder: Path, **changes: Any) -> str:
@@ -185,7 +184,7 @@ def test_an_evaluation_split_ranks_the_whole_corpus_by_its_grades(folder: Path) 
     data = load_data(make_set_config("beir", root=str(folder.parent), path="set", evaluation_split="dev"))
     assert texts(data.sets[0]) == EXPECTED
     # q2 has no answer in this split.
-    assert data.evaluation == RetrievalSet(
+    assert data.evaluation["set"] == RetrievalSet(
         queries={"q3": "what meows", "q1": "what barks"},
         corpus=TEXTS,
         judgements={"q3": {"d4": 2, "d1": 0}, "q1": {"d1": 1}},
@@ -196,7 +195,7 @@ def test_an_evaluation_split_ranks_the_whole_corpus_by_its_grades(folder: Path) 
     # The same without what is trained on.
     (folder / "qrels" / "train.tsv").unlink()
     config = make_set_config("beir", root=str(folder.parent), path="set", evaluation_split="dev")
-    assert load_evaluation(config) == (data.evaluation, [])
+    assert load_evaluation("set", config) == (data.evaluation["set"], [])
 
 
 def test_a_set_may_ignore_identical_ids(folder: Path) -> None:
@@ -229,7 +228,7 @@ def test_judgements_may_be_a_subset_and_have_no_grades_as_in_nanobeir(tmp_path: 
         {"corpus": ("train", HUB_CORPUS), "queries": ("train", HUB_QUERIES), "qrels": ("train", rows)},
     )
     config = make_set_config("beir", root=str(tmp_path), path="zeta-alpha-ai/NanoSet", evaluation_split="train")
-    evaluation, warnings = load_evaluation(config)
+    evaluation, warnings = load_evaluation("NanoSet", config)
     assert evaluation == RetrievalSet(
         queries={"q1": "what barks", "q2": "what swims"},
         corpus=TEXTS,
@@ -249,8 +248,8 @@ def test_judgements_may_be_a_data_set_of_their_own_as_those_of_beir(tmp_path: Pa
     config = make_set_config("beir", root=str(tmp_path), path="BeIR/set", evaluation_split="test")
     data = load_data(config)
     assert texts(data.sets[0]) == EXPECTED
-    assert data.evaluation is not None
-    assert data.evaluation.judgements == {"q3": {"d4": 2, "d1": 0}, "q1": {"d1": 1}}
+    [evaluation] = data.evaluation.values()
+    assert evaluation.judgements == {"q3": {"d4": 2, "d1": 0}, "q1": {"d1": 1}}
     (tmp_path / "BeIR" / "set-qrels" / "test.tsv").write_bytes(judgements([*DEV, ("q7", "d1", 1)]))
     assert error_of(config).startswith(
         f"{tmp_path}/BeIR/set-qrels test row 5: query-id=q7 is not in {tmp_path}/BeIR/set queries queries, and so in 1 "
@@ -274,20 +273,20 @@ def test_a_share_of_the_queries_is_held_out_with_all_its_judgements(folder: Path
     rows = [(f"q{number}", key, grade) for key, grade in (("d1", 2), ("d2", 0), ("d3", 1)) for number in numbers]
     (folder / "qrels" / "train.tsv").write_bytes(judgements(rows))
     data = load_data(make_set_config("beir", root=str(folder.parent), path="set", evaluation_fraction=0.2))
-    assert data.evaluation is not None
+    [evaluation] = data.evaluation.values()
     trained = [query for query, _ in texts(data.sets[0])]
-    asked = data.evaluation.queries
+    asked = evaluation.queries
     assert 20 < len(asked) < 60
     assert len(trained) == len(set(trained)) == 200 - len(asked)
     assert not set(trained) & set(asked.values())
     assert {f"query {key[1:]}" for key in asked} == set(asked.values())
-    assert data.evaluation.corpus == TEXTS
-    assert data.evaluation.judgements == {key: {"d1": 2, "d2": 0, "d3": 1} for key in asked}
-    assert data.evaluation.candidates is None
+    assert evaluation.corpus == TEXTS
+    assert evaluation.judgements == {key: {"d1": 2, "d2": 0, "d3": 1} for key in asked}
+    assert evaluation.candidates is None
 
 
 def test_nothing_is_held_out_of_a_share_of_zero(folder: Path) -> None:
-    assert load_data(make_set_config("beir", root=str(folder.parent), path="set")).evaluation is None
+    assert not load_data(make_set_config("beir", root=str(folder.parent), path="set")).evaluation
 
 
 # What is left out

@@ -156,8 +156,8 @@ def test_queries_of_such_a_data_set_are_held_out_as_well(repository: Path) -> No
     )
     data = load_data(config)
     assert with_scores(data.sets[0]) == EXPECTED[:1]
-    assert data.evaluation is not None
-    assert list(data.evaluation.queries.values()) == ["what swims"]
+    [evaluation] = data.evaluation.values()
+    assert list(evaluation.queries.values()) == ["what swims"]
 
 
 def test_a_subset_that_is_not_there_is_named(repository: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_last_queries_by_id_are_held_out(
         make_set_config("distillation_ids", root=str(folder.parent), path="set", evaluation_fraction=fraction)
     )
     assert [query for query, _ in texts(data.sets[0])] == [f"query {key}" for key in ids if key not in held_out]
-    asked = [] if data.evaluation is None else list(data.evaluation.queries.values())
+    asked = [text for each in data.evaluation.values() for text in each.queries.values()]
     assert asked == [f"query {key}" for key in dict.fromkeys(held_out)]
 
 
@@ -209,8 +209,8 @@ def test_a_query_text_is_never_on_both_sides(folder: Path) -> None:
     queries = [{"query_id": number, "text": f"what is {number % 5}"} for number in range(10)]
     write(folder, train=[{**ROWS[0], "query_id": number} for number in range(10)], queries=queries)
     data = load_data(make_set_config("distillation_ids", root=str(folder.parent), path="set", evaluation_fraction=0.2))
-    assert data.evaluation is not None
-    assert not {query for query, _ in texts(data.sets[0])} & set(data.evaluation.queries.values())
+    [evaluation] = data.evaluation.values()
+    assert not {query for query, _ in texts(data.sets[0])} & set(evaluation.queries.values())
 
 
 def test_an_evaluation_folder_is_evaluated_on_and_holds_nothing_out(folder: Path) -> None:
@@ -223,30 +223,30 @@ def test_an_evaluation_folder_is_evaluated_on_and_holds_nothing_out(folder: Path
     changes = {"evaluation_path": "other", "evaluation_split": "dev", "evaluation_fraction": 0.9}
     data = load_data(make_set_config("distillation_ids", root=str(folder.parent), path="set", **changes))
     assert with_scores(data.sets[0]) == EXPECTED
-    assert data.evaluation is not None
+    [evaluation] = data.evaluation.values()
     query, bird, bee = (str(identity(text)) for text in ("what flies", "a bird", "a bee"))
-    assert data.evaluation.queries == {query: "what flies"}
-    assert data.evaluation.candidates == {query: [bird, bee]}
-    assert data.evaluation.judgements == {query: {bird: 10, bee: 9}}
+    assert evaluation.queries == {query: "what flies"}
+    assert evaluation.candidates == {query: [bird, bee]}
+    assert evaluation.judgements == {query: {bird: 10, bee: 9}}
 
 
 def test_a_split_to_evaluate_on_shares_the_texts_of_the_folder(folder: Path) -> None:
     write(folder, dev=[{"query_id": "q2", "document_ids": ["d3", "d2"], "scores": [1, 2]}])
     data = load_data(make_set_config("distillation_ids", root=str(folder.parent), path="set", evaluation_split="dev"))
     assert with_scores(data.sets[0]) == EXPECTED
-    assert data.evaluation is not None
-    assert list(data.evaluation.queries.values()) == ["what swims"]
-    assert list(data.evaluation.corpus.values()) == ["a fish", "a cat"]
+    [evaluation] = data.evaluation.values()
+    assert list(evaluation.queries.values()) == ["what swims"]
+    assert list(evaluation.corpus.values()) == ["a fish", "a cat"]
 
 
 def test_held_out_queries_rank_their_own_documents_by_the_grades_of_the_teacher(folder: Path) -> None:
     data = load_data(make_set_config("distillation_ids", root=str(folder.parent), path="set", evaluation_fraction=0.5))
     assert with_scores(data.sets[0]) == EXPECTED[:1]
-    assert data.evaluation is not None
+    [evaluation] = data.evaluation.values()
     query, *ranking = (str(identity(text)) for text in ("what swims", "a fish", "a cat", "a dog"))
-    assert data.evaluation.queries == {query: "what swims"}
-    assert data.evaluation.judgements == {query: dict(zip(ranking, (10, 9, 8), strict=True))}
-    assert data.evaluation.candidates == {query: ranking}
+    assert evaluation.queries == {query: "what swims"}
+    assert evaluation.judgements == {query: dict(zip(ranking, (10, 9, 8), strict=True))}
+    assert evaluation.candidates == {query: ranking}
 
 
 def test_a_share_that_leaves_nothing_to_train_on_is_an_error(folder: Path) -> None:
@@ -259,8 +259,8 @@ def test_the_real_set_has_129_queries_of_which_29_are_held_out(real_data: Path) 
     data = load_data(
         make_set_config("distillation_ids", root=str(real_data), path="trec_dl_distillation", evaluation_fraction=0.225)
     )
-    assert data.evaluation is not None
-    assert (data.size, len(data.evaluation.queries)) == (100, 29)
+    [evaluation] = data.evaluation.values()
+    assert (data.size, len(evaluation.queries)) == (100, 29)
     folder = real_data / "trec_dl_distillation"
     rows, queries = (
         [json.loads(line) for line in gzip.decompress((folder / f"{name}.jsonl.gz").read_bytes()).splitlines()]
@@ -274,7 +274,7 @@ def test_the_real_set_has_129_queries_of_which_29_are_held_out(real_data: Path) 
         assert len(example["documents"]) == 100
         assert example["scores"] == sorted(row["scores"], reverse=True)
     assert max(names[example["query"]] for example in trained) < min(
-        names[text] for text in data.evaluation.queries.values()
+        names[text] for text in evaluation.queries.values()
     )
 
 

@@ -176,7 +176,7 @@ def test_all_documents_as_candidates_give_the_ranking_of_the_whole_corpus(encode
 
 def test_evaluate_gives_the_value_of_each_query_at_each_width(encoder: MultiVectorEncoder) -> None:
     retrieval = make_retrieval(20)
-    values = evaluate(encoder, retrieval, batch_size=3, widths=[64, 16])
+    values = evaluate(encoder, {"made": retrieval}, batch_size=3, widths=[64, 16])["made"]
     expected = {
         metric + suffix: by_query
         for width, suffix in ((FULL, ""), (64, "/64"), (16, "/16"))
@@ -187,7 +187,31 @@ def test_evaluate_gives_the_value_of_each_query_at_each_width(encoder: MultiVect
     for metric, by_query in expected.items():
         assert values[metric] == pytest.approx(by_query, rel=1e-12)
     assert len({tuple(values[f"map{suffix}"].values()) for suffix in ("", "/64", "/16")}) == 3
-    assert list(evaluate(encoder, retrieval, batch_size=3, widths=[])) == ["ndcg@10", "mrr@10", "map", "recall@100"]
+    alone = evaluate(encoder, {"made": retrieval}, batch_size=3, widths=[])
+    assert list(alone["made"]) == ["ndcg@10", "mrr@10", "map", "recall@100"]
+
+
+def test_a_set_is_ranked_with_its_own_prefixes_and_lengths(encoder: MultiVectorEncoder) -> None:
+    own = make_retrieval(20)
+    as_asked = replace(own, query_prefix="ask: ", document_prefix="about ", query_length=9, document_length=7)
+    rankings = evaluate(encoder, {"one": own, "two": as_asked}, batch_size=3, widths=[])
+    spelt = replace(
+        own,
+        queries={key: f"ask: {text}" for key, text in own.queries.items()},
+        corpus={key: f"about {text}" for key, text in own.corpus.items()},
+    )
+    transformer: Any = encoder[0]
+    kept = transformer.query_length, transformer.document_length, dict(transformer.query_expansion or {})
+    # The prefixes are spelt out and the lengths set by hand: it is the same.
+    transformer.query_expansion = None
+    transformer.query_length, transformer.document_length = 9, 7
+    transformer.query_expansion = {**kept[2], "length": 9}
+    bare = replace(spelt, query_prefix="", document_prefix="")
+    expected = evaluate(encoder, {"two": bare}, batch_size=3, widths=[])["two"]
+    transformer.query_expansion = None
+    transformer.query_length, transformer.document_length, transformer.query_expansion = kept
+    assert rankings["two"] == expected
+    assert rankings["two"] != rankings["one"] == evaluate(encoder, {"one": own}, batch_size=3, widths=[])["one"]
 
 
 @pytest.mark.parametrize("training", [True, False])

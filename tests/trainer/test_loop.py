@@ -5,7 +5,7 @@ import json
 import math
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -38,8 +38,9 @@ from trainer.data.batches import StepBatches
 from trainer.data.retrieval import RetrievalSet
 from trainer.data.tables import with_texts
 from trainer.encoding import encode_batch
-from trainer.evaluation import Progress
+from trainer.evaluation import Progress, evaluate
 from trainer.loop import Stopped, TrainingError, build_batches, count_steps, train
+from trainer.metrics import QueryScores, read_scores
 from trainer.optim import freeze
 from trainer.run_folder import RunFolder
 from trainer.significance import change_interval
@@ -107,7 +108,7 @@ def make_data(*, evaluated: bool = False, taught: bool = False) -> Data:
             for row, (query, documents) in enumerate(rows)
         ]
     )
-    return Data([examples], RetrievalSet.from_examples(examples) if evaluated else None)
+    return Data([examples], {"made": RetrievalSet.from_examples(examples)} if evaluated else {})
 
 
 def first_five(data: Data) -> Data:
@@ -416,7 +417,7 @@ def test_what_is_left_out_of_the_negatives_is_logged_in_documents_a_query(
     answers = [("what is a cat", "it meows"), ("what is a cat", "an animal"), ("what is it", "it meows"), ("a", "fish")]
     examples = to_set([with_texts("made.jsonl:1", query, [text]) for query, text in answers])
     config = make_config(*OVERRIDES, "trainer.steps=1", "loss.contrastive.max_negative_ratio=1e-6")
-    line = run(encoder, config, data=Data([examples], None)).metrics[1]
+    line = run(encoder, config, data=Data([examples], {})).metrics[1]
     # "it meows" stands again for the first and the third query, "an animal" and twice "it meows" are known of the two
     # about a cat, and the other seven of twelve negatives score more than next to nothing.
     assert line["train/same_document_masked"] == pytest.approx(2 / 4)
@@ -482,7 +483,7 @@ def make_mix() -> Data:
             replace(examples.select(range(5)), name="second", config=replace(examples.config, query_prefix="is ")),
             replace(taught, name="third", config=replace(taught.config, documents_per_query=2)),
         ],
-        None,
+        {},
     )
 
 
@@ -525,6 +526,27 @@ def test_each_set_of_a_mix_is_logged_with_its_loss_and_its_queries(
 def test_a_single_set_is_logged_as_the_loss_alone(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
     for line in run(encoder, make_config(*OVERRIDES)).metrics[1:]:
         assert {key for key in line if key.endswith(("/queries", "/loss"))} == {"train/loss"}
+
+
+def test_each_set_of_several_is_scored_by_itself_and_with_the_others(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    data = make_data(evaluated=True)
+    [one] = data.evaluation.values()
+    sets = {"one": one, "two": replace(one, query_prefix="no ", document_length=5)}
+    expected = {name: evaluate(encoder, {name: own}, batch_size=8, widths=[])[name] for name, own in sets.items()}
+    ours = run(encoder, make_config(*OVERRIDES, "evaluation.metric=map"), data=replace(data, evaluation=sets))
+    logged, queries = ours.metrics[0], len(one.queries)
+    means_of = {name: math.fsum(own["map"].values()) / queries for name, own in expected.items()}
+    assert means_of["one"] != means_of["two"]
+    assert {key for key in logged if key.count("/") == 2} == {"eval/one/map", "eval/two/map"}
+    assert logged["eval/one/map"] == pytest.approx(means_of["one"], rel=1e-12)
+    assert logged["eval/two/map"] == pytest.approx(means_of["two"], rel=1e-12)
+    assert logged["eval/map"] == pytest.approx((means_of["one"] + means_of["two"]) / 2, rel=1e-12)
+    written = read_scores(ours.folder.path / "scores_before.jsonl")["map"]
+    assert written == {
+        f"{name}/{query}": value for name, own in expected.items() for query, value in own["map"].items()
+    }
 
 
 # What takes less memory, or another step
@@ -717,17 +739,18 @@ class Script:
     def __call__(
         self,
         encoder: MultiVectorEncoder,
-        retrieval: RetrievalSet,
+        sets: Mapping[str, RetrievalSet],
         *,
         batch_size: int,
         widths: Sequence[int],
         progress: Progress,
-    ) -> dict[str, dict[str, float]]:
+    ) -> dict[str, QueryScores]:
         self.vectors.append(encoder.encode_document(["a cat, a dog."])[0])
         score = next(self.scores)
         values = {f"q{index}": value for index, value in enumerate(score if isinstance(score, list) else [score])}
         others = dict.fromkeys(values, 0.5)
-        return {"ndcg@10": others, "mrr@10": values, "map": others, "recall@100": others}
+        scores = {"ndcg@10": others, "mrr@10": values, "map": others, "recall@100": others}
+        return dict.fromkeys(sets, scores)
 
 
 def run_script(
@@ -1196,10 +1219,10 @@ def test_a_run_that_was_scored_on_other_queries_does_not_go_on(
     encoder: MultiVectorEncoder, make_config: MakeConfig
 ) -> None:
     config, data = make_config(*OVERRIDES, "trainer.save_every_steps=3"), make_data(evaluated=True)
-    assert data.evaluation is not None
     kill(encoder, config, step=4, data=data)
-    queries = data.evaluation.queries | {"q0": "what is a fish"}
-    for other in (replace(data.evaluation, queries=queries), None):
+    made = data.evaluation["made"]
+    others = {"made": replace(made, queries=made.queries | {"q0": "what is a fish"})}
+    for other in (others, dict[str, RetrievalSet]()):
         with pytest.raises(TrainingError) as caught:
             go_on(encoder, config, data=replace(data, evaluation=other))
         assert str(caught.value) == (

@@ -10,7 +10,7 @@ import pytrec_eval
 
 from configs.schema import ConfigError
 from trainer.data.trec import write_run
-from trainer.metrics import means, read_scores, score_rankings, write_scores
+from trainer.metrics import join_sets, means, read_scores, score_rankings, write_scores
 
 
 def test_graded_judgements_give_the_metrics_computed_by_hand() -> None:
@@ -44,6 +44,13 @@ def test_each_query_has_its_own_value_in_the_order_of_the_judgements() -> None:
     assert all(list(by_query) == ["q2", "q0", "q1"] for by_query in values.values())
     assert values["mrr@10"] == {"q2": 1 / 2, "q0": 1.0, "q1": 1 / 2}
     assert values["map"] == pytest.approx({"q2": 1 / 2, "q0": 1.0, "q1": (1 / 2 + 2 / 3) / 2}, rel=1e-6)
+
+
+def test_the_scores_of_several_sets_are_joined_under_their_names() -> None:
+    one, two = {"map": {"q0": 1.0, "q1": 0.5}}, {"map": {"q0": 0.0}}
+    assert join_sets({"one": one}) == one
+    assert join_sets({"one": one, "two": two}) == {"map": {"one/q0": 1.0, "one/q1": 0.5, "two/q0": 0.0}}
+    assert join_sets({}) == {}
 
 
 @pytest.mark.parametrize("ranked", [{}, {"q1": {}}], ids=["no ranking", "an empty one"])

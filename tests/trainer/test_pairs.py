@@ -245,12 +245,12 @@ def test_scored_documents_are_read_from_a_csv_and_a_parquet_file(tmp_path: Path)
 def test_held_out_queries_rank_their_own_documents_by_the_grades_of_the_teacher(tmp_path: Path) -> None:
     write(tmp_path, a=[SCORED], dev=[{**SCORED, "query": "r", "documents": ["e", "f"], "scores": [1, 3]}])
     data = load_data(make_set_config("scored", root=str(tmp_path), path="a.jsonl", evaluation_path="dev.jsonl"))
-    assert data.evaluation is not None
+    [evaluation] = data.evaluation.values()
     query, e, f = (str(identity(text)) for text in "ref")
-    assert data.evaluation.queries == {query: "r"}
-    assert data.evaluation.corpus == {e: "e", f: "f"}
-    assert data.evaluation.judgements == {query: {f: 10, e: 9}}
-    assert data.evaluation.candidates == {query: [f, e]}
+    assert evaluation.queries == {query: "r"}
+    assert evaluation.corpus == {e: "e", f: "f"}
+    assert evaluation.judgements == {query: {f: 10, e: 9}}
+    assert evaluation.candidates == {query: [f, e]}
 
 
 @pytest.mark.parametrize(
@@ -317,17 +317,17 @@ def test_queries_are_held_out_by_the_md5_of_their_text_with_all_their_documents(
     rows, data = hold_out(tmp_path, fraction)
     threshold = round(fraction * 10_000)
     queries = {row["query"] for row in rows if int(md5(row["query"].encode()).hexdigest(), 16) % 10_000 < threshold}
-    assert data.evaluation is not None
+    [evaluation] = data.evaluation.values()
     assert queries
-    assert set(data.evaluation.queries.values()) == queries
+    assert set(evaluation.queries.values()) == queries
     documents = {row["positive"] for row in rows if row["query"] in queries}
-    assert set(data.evaluation.corpus.values()) == documents
+    assert set(evaluation.corpus.values()) == documents
 
 
 def test_every_example_is_trained_on_or_held_out(tmp_path: Path) -> None:
     rows, data = hold_out(tmp_path, 0.2)
-    assert data.evaluation is not None
-    queries = set(data.evaluation.queries.values())
+    [evaluation] = data.evaluation.values()
+    queries = set(evaluation.queries.values())
     rest = [row for row in rows if row["query"] not in queries]
     assert 0 < len(rest) < len(rows)
     assert data.size == len(rest)
@@ -342,16 +342,16 @@ def test_a_query_in_other_cases_and_spaces_is_on_the_same_side(tmp_path: Path) -
     ]
     write(tmp_path, a=rows)
     data = load_data(make_set_config("pairs", root=str(tmp_path), path="a.jsonl", evaluation_fraction=0.3))
-    assert data.evaluation is not None
-    held_out = {" ".join(text.lower().split()) for text in data.evaluation.queries.values()}
+    [evaluation] = data.evaluation.values()
+    held_out = {" ".join(text.lower().split()) for text in evaluation.queries.values()}
     assert 0 < len(held_out) < 60
-    assert len(data.evaluation.queries) == 3 * len(held_out)
+    assert len(evaluation.queries) == 3 * len(held_out)
     assert not held_out & {" ".join(text.lower().split()) for text, _ in texts(data.sets[0])}
 
 
 def test_a_share_of_zero_trains_on_all_and_evaluates_on_nothing(tmp_path: Path) -> None:
     rows, data = hold_out(tmp_path, 0.0)
-    assert data.evaluation is None
+    assert not data.evaluation
     assert data.size == len(rows)
 
 
@@ -368,10 +368,10 @@ def test_an_evaluation_file_is_evaluated_on_and_holds_nothing_out(tmp_path: Path
     changes = {"evaluation_path": "dev.csv", "evaluation_fraction": 0.9}
     data = load_data(make_set_config("pairs", root=str(tmp_path), path="a.jsonl", **changes))
     assert texts(data.sets[0]) == EXPECTED
-    assert data.evaluation is not None
-    assert data.evaluation.queries == {"q0": "what swims"}
-    assert data.evaluation.corpus == {"d0": "a fish", "d1": "a dog"}
-    assert data.evaluation.judgements == {"q0": {"d0": 1}}
+    [evaluation] = data.evaluation.values()
+    assert evaluation.queries == {"q0": "what swims"}
+    assert evaluation.corpus == {"d0": "a fish", "d1": "a dog"}
+    assert evaluation.judgements == {"q0": {"d0": 1}}
 
 
 def test_a_split_to_evaluate_on_is_of_the_same_folder_or_of_another(tmp_path: Path) -> None:
@@ -381,8 +381,8 @@ def test_a_split_to_evaluate_on_is_of_the_same_folder_or_of_another(tmp_path: Pa
         changes = {"evaluation_path": path, "evaluation_split": "dev", "evaluation_fraction": 0.9}
         data = load_data(make_set_config("pairs", root=str(tmp_path), path="set", **changes))
         assert texts(data.sets[0]) == [("q", ["p"])]
-        assert data.evaluation is not None
-        assert list(data.evaluation.queries.values()) == [query]
+        [evaluation] = data.evaluation.values()
+        assert list(evaluation.queries.values()) == [query]
 
 
 def test_a_folder_to_evaluate_on_needs_a_split_of_its_own(tmp_path: Path) -> None:
@@ -520,8 +520,8 @@ def test_examples_to_evaluate_on_that_are_left_out_are_counted_as_well(tmp_path:
     write(tmp_path, a=EXAMPLES, dev=[*EXAMPLES, {"query": "q", "positive": ""}])
     changes = {"evaluation_path": "dev.jsonl", "max_empty": 0.5}
     data = load_data(make_set_config("pairs", root=str(tmp_path), path="a.jsonl", **changes))
-    assert data.evaluation is not None
-    assert len(data.evaluation.queries) == 2
+    [evaluation] = data.evaluation.values()
+    assert len(evaluation.queries) == 2
     assert data.sets[0].warnings == (
         f"1 of 3 examples of {tmp_path}/dev.jsonl have an empty text, first {tmp_path}/dev.jsonl:3; left out",
     )

@@ -40,7 +40,7 @@ def check(config: Config, data: Data) -> None:
 @cache
 def of_size(examples: int) -> Data:
     [five] = make_data().sets
-    return Data([five.select([row % 5 for row in range(examples)])], None)
+    return Data([five.select([row % 5 for row in range(examples)])], {})
 
 
 @pytest.mark.parametrize(("examples", "refused"), [(3, True), (4, False), (5, False)])
@@ -223,7 +223,7 @@ def test_a_run_with_a_step_left_goes_on(done: int) -> None:
 
 def mixed(*sizes: int) -> Data:
     sets = [of_size(size).sets[0] for size in sizes]
-    return Data([replace(each, name=f"set{number}") for number, each in enumerate(sets)], None)
+    return Data([replace(each, name=f"set{number}") for number, each in enumerate(sets)], {})
 
 
 def test_a_set_of_a_mix_that_does_not_fill_its_batch_is_refused_by_name(make_config: MakeConfig) -> None:
@@ -250,7 +250,7 @@ def test_batches_of_all_sets_are_filled_by_all_together(make_config: MakeConfig)
 
 def taught(scores: list[list[float]]) -> Data:
     """A query for each of these scores, the best first."""
-    return Data([to_examples([[f"the {place}" for place in range(len(own))] for own in scores], scores)], None)
+    return Data([to_examples([[f"the {place}" for place in range(len(own))] for own in scores], scores)], {})
 
 
 GOOD, FLAT, STEEP = [1.0, 0.5, 0.0], [7.0, 7.0, 7.0], [10.0, 0.0]
@@ -353,21 +353,21 @@ def test_a_set_of_a_mix_without_scores_is_refused_by_name(term: tuple[str, ...],
     config = make_config(*term)
     [with_scores], [without] = taught([GOOD] * 5).sets, make_data().sets
     partly = to_examples([["a", "b", "c"]] * 2, [GOOD, []])
-    check(config, Data([with_scores, replace(with_scores, name="other")], None))
+    check(config, Data([with_scores, replace(with_scores, name="other")], {}))
     for other in (without, partly):
         with pytest.raises(ConfigError) as caught:
-            check(config, Data([with_scores, replace(other, name="answers")], None))
+            check(config, Data([with_scores, replace(other, name="answers")], {}))
         assert str(caught.value) == (
             "loss.terms.distillation and margin_mse need teacher scores, and answers has none: give some, or set both "
             "to 0"
         )
-        check(make_config("data=pairs", "data.path=unused"), Data([with_scores, other], None))
+        check(make_config("data=pairs", "data.path=unused"), Data([with_scores, other], {}))
 
 
 def test_the_teacher_of_each_set_of_a_mix_is_looked_at(make_config: MakeConfig) -> None:
     flat = taught([FLAT] * 5).sets[0]
     with pytest.raises(ConfigError, match=r"^the teacher's scores are all the same in 100% of 5 queries"):
-        check(make_config(*DISTILLATION), Data([*taught([GOOD] * 5).sets, flat], None))
+        check(make_config(*DISTILLATION), Data([*taught([GOOD] * 5).sets, flat], {}))
 
 
 def test_the_documents_that_are_looked_at_are_those_of_the_first_epoch(make_config: MakeConfig) -> None:

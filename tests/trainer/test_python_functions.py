@@ -199,8 +199,8 @@ def test_a_query_of_a_held_out_module_is_not_trained_on(library: Path) -> None:
     (library / "b.py").write_text(function(words(5)))
     (library / "c.py").write_text(function(words(5)) + function(words(6)))
     data = load_data(make_set_config("python_functions", evaluation_fraction=0.3))
-    assert data.evaluation is not None
-    assert list(data.evaluation.queries.values()) == [words(5)]
+    [evaluation] = data.evaluation.values()
+    assert list(evaluation.queries.values()) == [words(5)]
     assert [query for query, _ in texts(data.sets[0])] == [words(6)]
 
 

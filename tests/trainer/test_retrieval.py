@@ -102,40 +102,12 @@ def test_a_set_in_which_an_example_has_no_scores_is_no_teachers() -> None:
     assert RetrievalSet.of(examples).judgements == {"q0": {"d0": 1}, "q1": {"d2": 1}}
 
 
-# Several sets
-
-PAIRS = RetrievalSet({"q0": "what"}, {"d0": "a", "d1": "b"}, {"q0": {"d0": 1}})
-TEACHER = RetrievalSet(
-    {"7": "what", "8": "which"}, {"1": "a", "2": "c"}, {"7": {"2": 10}}, {"7": ["2", "1"], "8": ["1"]}
-)
+# As the set is read
 
 
-def test_of_one_set_its_own_is_taken() -> None:
-    assert RetrievalSet.union({"pairs": PAIRS}) is PAIRS
-
-
-def test_each_query_of_several_sets_ranks_what_it_ranks_in_its_own() -> None:
-    assert RetrievalSet.union({"one": PAIRS, "two": TEACHER, "three": PAIRS}) == RetrievalSet(
-        queries={"one/q0": "what", "two/7": "what", "two/8": "which", "three/q0": "what"},
-        corpus={
-            "one/d0": "a", "one/d1": "b", "two/1": "a", "two/2": "c", "three/d0": "a", "three/d1": "b",
-        },
-        judgements={"one/q0": {"one/d0": 1}, "two/7": {"two/2": 10}, "three/q0": {"three/d0": 1}},
-        candidates={
-            "one/q0": ["one/d0", "one/d1"],
-            "two/7": ["two/2", "two/1"],
-            "two/8": ["two/1"],
-            "three/q0": ["three/d0", "three/d1"],
-        },
-    )  # fmt: skip
-
-
-def test_of_several_sets_one_may_ignore_identical_ids_and_each_keeps_its_unjudged_queries() -> None:
-    own = replace(PAIRS, queries={"d0": "what"}, judgements={"d0": {"d1": 1}}, unjudged=frozenset({"q7"}))
-    ignoring = replace(own, ignore_identical_ids=True)
-    union = RetrievalSet.union({"one": own, "two": ignoring})
-    assert union.candidates == {"one/d0": ["one/d0", "one/d1"], "two/d0": ["two/d1"]}
-    assert union.unjudged == {"one/q7", "two/q7"}
-    assert not union.ignore_identical_ids
-    ranked = replace(ignoring, candidates={"d0": ["d1", "d0"]})
-    assert RetrievalSet.union({"one": own, "two": ranked}).candidates == union.candidates
+def test_a_set_is_read_with_prefixes_and_lengths_of_its_config() -> None:
+    retrieval = RetrievalSet({"q0": "what"}, {"d0": "a"}, {"q0": {"d0": 1}})
+    config = make_set_config("pairs", path="x.jsonl", query_prefix="ask: ", document_prefix="", document_length=7)
+    asked = retrieval.read_as(config)
+    assert asked == replace(retrieval, query_prefix="ask: ", document_prefix="", document_length=7)
+    assert asked.query_length is None

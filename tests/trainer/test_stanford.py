@@ -139,8 +139,8 @@ def test_queries_are_held_out_by_their_text_with_all_their_triples(folder: Path)
     (folder / "queries.tsv").write_text("".join(f"{number}\tquery {number % 60}\n" for number in range(120)))
     (folder / "triples.jsonl").write_bytes(json_lines(*([number % 120, number % 4, 0] for number in range(240))))
     data = load_data(config(folder, evaluation_fraction=0.3))
-    assert data.evaluation is not None
-    trained, asked = {query for query, _ in texts(data.sets[0])}, set(data.evaluation.queries.values())
+    [evaluation] = data.evaluation.values()
+    trained, asked = {query for query, _ in texts(data.sets[0])}, set(evaluation.queries.values())
     assert 5 < len(asked) < 35
     assert not trained & asked
     assert trained | asked == {f"query {number}" for number in range(60)}
@@ -151,10 +151,10 @@ def test_an_evaluation_file_is_evaluated_on_and_holds_nothing_out(folder: Path) 
     (folder / "dev.jsonl").write_bytes(json_lines([1, 0, 3]))
     data = load_data(config(folder, evaluation_path="dev.jsonl", evaluation_fraction=0.9))
     assert texts(data.sets[0]) == EXPECTED
-    assert data.evaluation is not None
-    assert data.evaluation.queries == {"q0": "what barks"}
-    assert data.evaluation.corpus == {"d0": "a dog", "d1": "a whale"}
-    assert data.evaluation.judgements == {"q0": {"d0": 1}}
+    [evaluation] = data.evaluation.values()
+    assert evaluation.queries == {"q0": "what barks"}
+    assert evaluation.corpus == {"d0": "a dog", "d1": "a whale"}
+    assert evaluation.judgements == {"q0": {"d0": 1}}
 
 
 # Empty texts

@@ -380,7 +380,7 @@ def test_a_mix_is_shown_with_the_shares_and_the_lengths_of_its_sets(
     short = replace(examples.config, query_length=6, document_prefix="")
     two = replace(examples.select([2, 3, 4]), name="two", config=short)
     accelerator, loss = Accelerator(cpu=True), build_loss(config.loss, width=128, maxsim="reference")
-    data = Data([replace(examples, name="one"), two], None)
+    data = Data([replace(examples, name="one"), two], {})
     batches = build_batches(config, data.sets, encoder, accelerator)
     facts = describe_run(config, data, batches, encoder, loss, accelerator)
     assert facts["data"] == words

@@ -17,11 +17,12 @@ from trainer.data.tables import TrainingSet
 
 @dataclass(frozen=True)
 class Data:
-    """What a run needs: examples to train on, and a set to score on, or None."""
+    """What a run needs: examples to train on, and what to score on."""
 
     sets: Sequence[TrainingSet]
     """One, or those of a mix."""
-    evaluation: RetrievalSet | None
+    evaluation: Mapping[str, RetrievalSet]
+    """By the name of the set that it is of; a set may have none."""
 
     @property
     def size(self) -> int:
@@ -43,7 +44,7 @@ def load_data(config: DataConfig) -> Data:
 def load_sets(config: DataConfig) -> tuple[Data, list[str]]:
     """Read, check and split the data; of a set that cannot be read, what is wrong with it, in a line."""
     sets, evaluations, errors = list[TrainingSet](), dict[str, RetrievalSet](), list[str]()
-    for name, each in _named(config).items():
+    for name, each in named_sets(config).items():
         try:
             examples, evaluation = _load_set(name, each)
         except ConfigError as error:
@@ -52,34 +53,23 @@ def load_sets(config: DataConfig) -> tuple[Data, list[str]]:
         sets.append(examples)
         if evaluation is not None:
             evaluations[name] = evaluation
-    return Data(sets, RetrievalSet.union(evaluations) if evaluations else None), errors
+    return Data(sets, evaluations), errors
 
 
-def load_evaluation(config: DataConfig) -> tuple[RetrievalSet, list[str]]:
-    """Return what a run with this data is scored on, and what was left out, in words. Of a BEIR folder with an
+def load_evaluation(name: str, config: SetConfig) -> tuple[RetrievalSet | None, list[str]]:
+    """Return what a run is scored on of one set, if anything, and what was left out, in words. Of a BEIR folder with an
     evaluation split, nothing else is read.
 
-    Raises ConfigError as `load_data` does, and where the run has no score.
+    Raises ConfigError as `load_data` does.
     """
-    evaluations, warnings = dict[str, RetrievalSet](), list[str]()
-    for name, each in _named(config).items():
-        if each.format is DataFormat.beir and each.evaluation_split is not None:
-            evaluations[name], left_out = beir.load_evaluation(each)
-            warnings += left_out
-            continue
-        examples, evaluation = _load_set(name, each)
-        warnings += examples.warnings
-        if evaluation is not None:
-            evaluations[name] = evaluation
-    if not evaluations:
-        raise ConfigError(
-            "the data has no example to score on: set data.evaluation_split, data.evaluation_path or "
-            "data.evaluation_fraction"
-        )
-    return RetrievalSet.union(evaluations), warnings
+    if config.format is DataFormat.beir and config.evaluation_split is not None:
+        retrieval, warnings = beir.load_evaluation(config)
+        return retrieval.read_as(config), warnings
+    examples, evaluation = _load_set(name, config)
+    return evaluation, list(examples.warnings)
 
 
-def _named(config: DataConfig) -> Mapping[str, SetConfig]:
+def named_sets(config: DataConfig) -> Mapping[str, SetConfig]:
     """The sets of a mix, or the one set, by name."""
     return config.sets or {Path(config.path or config.format.name).stem: config}
 
@@ -110,4 +100,4 @@ def _load_set(name: str, config: SetConfig) -> tuple[TrainingSet, RetrievalSet |
         )
     if isinstance(held_out, TrainingSet):
         held_out = RetrievalSet.of(held_out)
-    return train, held_out
+    return train, held_out.read_as(config) if held_out is not None else None

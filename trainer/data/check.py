@@ -1,7 +1,7 @@
 """What the data is, in words and figures, before any weight is loaded: `mode=check`, and in brief every run."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,17 +19,18 @@ PERCENTILES = (5, 50, 95, 100)
 MUCH_IS_CUT = {"query": 0.05, "document": 0.5}
 
 
-def data_warnings(sets: Sequence[TrainingSet], evaluation: RetrievalSet | None) -> Iterator[str]:
+def data_warnings(sets: Sequence[TrainingSet], evaluation: Mapping[str, RetrievalSet]) -> Iterator[str]:
     """What was left out, what stands twice, and training queries that the evaluation asks as well; in words, each with
     its count."""
+    queries = [text for each in evaluation.values() for text in each.queries.values()]
     for examples in sets:
         yield from examples.warnings
         repeated = _repeated(examples)
         if repeated:
             yield f"{repeated:,} of {len(examples):,} examples of {examples.name} repeat a query and its positive"
-        if evaluation is not None and (asked := _asked(examples, evaluation)):
+        if asked := _asked(examples, queries):
             yield (
-                f"{asked:,} of {len(evaluation.queries):,} queries of the evaluation are training queries of "
+                f"{asked:,} of {len(queries):,} queries of the evaluation are training queries of "
                 f"{examples.name}: what they score is no measure"
             )
 
@@ -41,9 +42,9 @@ def _repeated(examples: TrainingSet) -> int:
     return len(examples) - len(sorted_pairs(queries, documents)[0])
 
 
-def _asked(examples: TrainingSet, evaluation: RetrievalSet) -> int:
-    """Queries of the evaluation that are trained on, but for case and spaces."""
-    asked = {normalised(text) for text in evaluation.queries.values()}
+def _asked(examples: TrainingSet, queries: Sequence[str]) -> int:
+    """How many different queries of these are trained on, but for case and spaces."""
+    asked = set(map(normalised, queries))
     found: set[str] = set()
     for batch in (
         examples.queries.select_columns("text").select(examples.named_queries()).with_format("arrow").iter(10_000)
@@ -137,11 +138,12 @@ def project(
     # Backward costs two forward passes; where activations are not kept, there is one more.
     passes = 3 + (config.trainer.cache_tokens is not None) + config.trainer.gradient_checkpointing
     seconds = passes * sum(total.values()) * seconds_a_token
-    scored = 0.0
-    if data.evaluation is not None:
-        times = 2 + (steps - 1) // config.evaluation.every_steps if config.evaluation.every_steps else 2
-        mean = np.mean([own["document"].mean() for own in tokens.values()])
-        scored = times * len(data.evaluation.corpus) * float(mean) * seconds_a_token
+    times = 2 + (steps - 1) // config.evaluation.every_steps if config.evaluation.every_steps else 2
+    scored = (
+        times
+        * seconds_a_token
+        * sum(len(each.corpus) * float(tokens[name]["document"].mean()) for name, each in data.evaluation.items())
+    )
     return {
         "steps": f"{steps:,} of {config.trainer.batch_size} queries, {epochs:.2f} epochs",
         "tokens": f"{total['query']:,.0f} of queries, {total['document']:,.0f} of documents, without padding",
@@ -153,13 +155,15 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
 
 
-def describe_evaluation(evaluation: RetrievalSet | None) -> dict[str, str]:
+def describe_evaluation(evaluation: Mapping[str, RetrievalSet]) -> dict[str, str]:
     """What the model is scored on."""
-    if evaluation is None:
+    if not evaluation:
         return {"evaluation": "none"}
-    judged = sum(map(len, evaluation.judgements.values()))
-    without = len(set(evaluation.queries) - set(evaluation.judgements))
+    sets = evaluation.values()
+    queries, documents = (sum(len(getattr(each, side)) for each in sets) for side in ("queries", "corpus"))
+    judged = sum(len(grades) for each in sets for grades in each.judgements.values())
+    without = sum(len(each.queries.keys() - each.judgements) for each in sets)
     return {
-        "evaluation": f"{len(evaluation.queries):,} queries, {len(evaluation.corpus):,} documents, {judged:,} judged"
+        "evaluation": f"{queries:,} queries, {documents:,} documents, {judged:,} judged"
         + (f"; {without:,} queries have none" if without else "")
     }

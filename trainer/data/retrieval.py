@@ -1,8 +1,9 @@
 """A retrieval set: queries, a corpus, and which documents answer which query."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
+from configs.schema import SetConfig
 from trainer.data.tables import TrainingSet
 
 # Grades of the documents that a teacher puts first, its best first.
@@ -23,6 +24,22 @@ class RetrievalSet:
     """Whether no query ranks the document that has its own id."""
     unjudged: frozenset[str] = frozenset()
     """Ids of further queries, which nobody has judged and which rank nothing."""
+    query_prefix: str | None = None
+    """What stands before each query; None is the model's own, as of the next three."""
+    document_prefix: str | None = None
+    query_length: int | None = None
+    """Tokens at which a query is cut."""
+    document_length: int | None = None
+
+    def read_as(self, config: SetConfig) -> Self:
+        """The set with prefixes and lengths as its config has them."""
+        return replace(
+            self,
+            query_prefix=config.query_prefix,
+            document_prefix=config.document_prefix,
+            query_length=config.query_length,
+            document_length=config.document_length,
+        )
 
     @classmethod
     def of(cls, examples: TrainingSet) -> Self:
@@ -68,27 +85,3 @@ class RetrievalSet:
             judgements={query: dict(zip(own, TEACHER_GRADES, strict=False)) for query, own in candidates.items()},
             candidates=candidates,
         )
-
-    @classmethod
-    def union(cls, sets: dict[str, Self]) -> Self:
-        """The queries of all sets, each of which ranks what it ranks in its own: by name, which goes before the ids."""
-        if len(sets) == 1:
-            return next(iter(sets.values()))
-        queries: dict[str, str] = {}
-        corpus: dict[str, str] = {}
-        judgements: dict[str, dict[str, int]] = {}
-        candidates: dict[str, list[str]] = {}
-        unjudged: set[str] = set()
-        for name, each in sets.items():
-            unjudged |= {f"{name}/{key}" for key in each.unjudged}
-            queries |= {f"{name}/{key}": text for key, text in each.queries.items()}
-            corpus |= {f"{name}/{key}": text for key, text in each.corpus.items()}
-            for query, own in each.judgements.items():
-                judgements[f"{name}/{query}"] = {f"{name}/{key}": grade for key, grade in own.items()}
-            whole = [f"{name}/{key}" for key in each.corpus]
-            for query in each.queries:
-                ranked = whole if each.candidates is None else [f"{name}/{key}" for key in each.candidates[query]]
-                if each.ignore_identical_ids:
-                    ranked = [key for key in ranked if key != f"{name}/{query}"]
-                candidates[f"{name}/{query}"] = ranked
-        return cls(queries, corpus, judgements, candidates, unjudged=frozenset(unjudged))

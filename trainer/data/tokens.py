@@ -10,7 +10,7 @@ from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
@@ -142,7 +142,7 @@ def tokenized(
     """
     if rows is not None and len(rows) == len(texts):
         rows = None
-    with _as_asked(encoder, task, length) as transformer:
+    with _side_by_side(encoder) as transformer, at_length(encoder, task, length):
         prompt = encoder.prompts.get(task) if prefix is None else prefix
 
         def preprocess(batch: list[str]) -> dict[str, Any]:
@@ -160,12 +160,11 @@ def tokenized(
 
 
 @contextmanager
-def _as_asked(encoder: MultiVectorEncoder, task: Task, length: int | None) -> Iterator[Transformer]:
-    """The encoder's first module, with this length, and with texts side by side and not in one row."""
-    transformer = encoder[0]
-    assert isinstance(transformer, Transformer), "the factory puts the backbone first"
+def at_length(encoder: MultiVectorEncoder, task: Task, length: int | None) -> Iterator[None]:
+    """Let the encoder cut the texts of a side at this length, and fill queries up to it where it expands them; None is
+    its own."""
+    transformer = _transformer(encoder)
     kept = transformer.query_length, transformer.document_length, transformer.query_expansion
-    flattens, transformer.can_flatten_inputs = transformer.can_flatten_inputs, False
     try:
         if length is not None and task == "document":
             transformer.document_length = length
@@ -174,11 +173,27 @@ def _as_asked(encoder: MultiVectorEncoder, task: Task, length: int | None) -> It
             transformer.query_length = length
             if expansion := kept[2]:
                 transformer.query_expansion = {**expansion, "length": length}
-        yield transformer
+        yield
     finally:
         transformer.query_expansion = None
         transformer.query_length, transformer.document_length, transformer.query_expansion = kept
+
+
+@contextmanager
+def _side_by_side(encoder: MultiVectorEncoder) -> Iterator[Transformer]:
+    """The encoder's first module, which does not put its texts into one row meanwhile."""
+    transformer = _transformer(encoder)
+    flattens, transformer.can_flatten_inputs = transformer.can_flatten_inputs, False
+    try:
+        yield transformer
+    finally:
         transformer.can_flatten_inputs = flattens
+
+
+def _transformer(encoder: MultiVectorEncoder) -> Transformer:
+    transformer = encoder[0]
+    assert isinstance(transformer, Transformer), "the factory puts the backbone first"
+    return cast(Transformer, transformer)
 
 
 def _kept_at(texts: Dataset, rows: IntArray | None, transformer: Transformer, options: list[Any]) -> Path:
