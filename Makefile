@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test gpu gpu-check gpu-sanitize gpu-train gpu-benchmark gpu-step
+.PHONY: train test gpu gpu-check gpu-sanitize gpu-train gpu-benchmark gpu-cache
 train: $(VENV)/installed-quickstart
 	$(BIN)/python train.py experiment=quickstart overwrite=true
 
@@ -30,7 +30,7 @@ gpu:
 	$(MAKE) gpu-check
 	$(MAKE) gpu-sanitize
 	$(MAKE) gpu-benchmark
-	$(MAKE) gpu-step
+	$(MAKE) gpu-cache
 	$(MAKE) gpu-train
 
 gpu-check:
@@ -52,5 +52,5 @@ gpu-train:
 gpu-benchmark:
 	$(LIMITED) $(PYTHON) scripts/benchmark_maxsim.py device=cuda readme=true
 
-gpu-step:
-	$(LIMITED) $(PYTHON) scripts/benchmark_step.py device=cuda
+gpu-cache:
+	$(LIMITED) $(PYTHON) scripts/benchmark_cache.py device=cuda

@@ -451,6 +451,9 @@ class TrainerConfig:
     """Steps between two checkpoints, from which `resume=` goes on; null saves one at Ctrl-C and TERM only."""
     keep_checkpoints: int
     """Newest checkpoints that are kept; a finished run keeps none."""
+    profile: bool
+    """Say where the time of a step goes, by phase, in the metrics, at the end and in the report, and leave
+    trace.json.gz of two steps, for Perfetto."""
 
 
 @dataclass

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -32,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from losses.maxsim import compiler, kernels
+from scripts.machine import UNKNOWN, commit, processor
 from scripts.maxsim_clock import event_clock, host_clock, measure
 from scripts.maxsim_contestants import (
     BOTH,
@@ -55,7 +55,6 @@ from scripts.maxsim_table import describe, updated
 
 RESULTS, README = ROOT / "scripts" / "results", ROOT / "README.md"
 OUT_OF_TIME = "not measured: out of time"
-UNKNOWN = "unknown"
 SAVING = "forward for a backward"
 
 
@@ -353,7 +352,7 @@ def new_record(device: torch.device, command: str) -> dict[str, Any]:
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
     return {
         "command": f"python scripts/benchmark_maxsim.py {command}",
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40") or UNKNOWN,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device),
         "driver": driver.split()[0],
@@ -385,14 +384,6 @@ def _output(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

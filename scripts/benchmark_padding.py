@@ -38,15 +38,17 @@ from transformers.utils import logging as transformers_logging
 from architectures.factory import build_encoder
 from configs.schema import Config, ConfigError
 from losses.factory import build_loss
-from scripts.benchmark_maxsim import options, processor
+from scripts.benchmark_maxsim import options
+from scripts.machine import processor
 from scripts.models import compose_config
 from trainer.data import load_data
 from trainer.data.batches import Batch, StepBatches
 from trainer.data.order import bounds
 from trainer.data.tokens import TokenizedTexts
-from trainer.loop import build_batches, build_model, compute_gradient
+from trainer.loop import build_batches, build_model
 from trainer.optim import build_optimizer, freeze
 from trainer.plan import build_accelerator, check_batch, choose_maxsim
+from trainer.step import compute_gradient
 
 WINDOW = 50
 SETS = ("lfrqa", "medquad", "squad_sentences", "python_functions")

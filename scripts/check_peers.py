@@ -15,7 +15,6 @@ for a mistake in the arguments.
 
 import json
 import logging
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,8 +39,9 @@ from architectures.readers import vectors_of
 from architectures.weights import locate_backbone
 from configs.schema import ConfigError, explain
 from losses.maxsim import maxsim
-from scripts.benchmark_maxsim import processor, write
+from scripts.benchmark_maxsim import write
 from scripts.export import pad
+from scripts.machine import commit, processor
 from scripts.models import compose_config, load_model
 from scripts.peer_environments import (
     NEIGHBOURS,
@@ -388,13 +388,11 @@ def row(result: Result) -> str:
 
 def record(options: Options, results: Sequence[Result], folders: dict[str, Path]) -> dict[str, Any]:
     """All that was measured, and where."""
-    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     environments = {"ours": versions(NEIGHBOURS, sys.path)}
     environments |= {key: versions_of(folder, PEERS[key].package) for key, folder in folders.items()}
     return {
         "command": f"python scripts/check_peers.py texts={options.texts}",
-        "commit": commit or "unknown",
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor(),
         "limit": LIMIT,

@@ -24,7 +24,6 @@ the arguments.
 import gzip
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import ConfigError, assignment
+from scripts.machine import commit
 
 # What a process imports to load data is imported there, and only there: `datasets` reads the folder of its cache then.
 
@@ -293,11 +293,9 @@ def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 def record(names: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """All that came of it, and with which versions."""
-    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": f"python -m scripts.damage_data sets={','.join(names)}",
-        "commit": commit or "unknown",
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "environment": {
             "python": sys.version.split()[0],

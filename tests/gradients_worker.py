@@ -24,9 +24,10 @@ from losses.factory import build_loss
 from tests.conftest import WORDS
 from tests.trainer.made import to_set
 from trainer.data.tables import TrainingSet, with_texts
-from trainer.loop import build_batches, build_model, compute_gradient
+from trainer.loop import build_batches, build_model
 from trainer.optim import freeze
 from trainer.plan import build_accelerator
+from trainer.step import compute_gradient
 
 # Micro-batches of seven and eight queries: neither two nor three processes have as many queries each.
 EXAMPLES = 15
@@ -127,9 +128,9 @@ def take_step(accelerator: Accelerator, case: Case, *, cache_tokens: int | None 
     # Each process drops other activations.
     set_seed(config.seed, device_specific=True)
     model.train()
-    logged, _ = compute_gradient(accelerator, model, loss, batches[0], cached=cache_tokens is not None)
+    logged = compute_gradient(accelerator, model, loss, batches[0], cached=cache_tokens is not None)
     gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
-    return Step(gradients, logged, synchronisations)
+    return Step(gradients, {name: float(value) for name, value in logged.items()}, synchronisations)
 
 
 def largest_error(found: Step, expected: Step) -> tuple[float, str]:

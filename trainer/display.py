@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from configs.schema import LossTerms
+from trainer.phases import describe
 
 TERMS = [field.name for field in fields(LossTerms)]
 
@@ -60,6 +61,8 @@ def print_end(console: Console, result: dict[str, Any], *, loading: str, report:
             f"95 % interval over the queries {change['low']:+.4f} to {change['high']:+.4f}"
         )
     console.print()
+    if result.get("phases"):
+        console.print(f"seconds of a step: {describe(result['phases'])}")
     if best is not None and best["model"] != result["model"]:
         console.print(f"best model, of step {best['step']}: {best['model']}")
     console.print(f"model: {result['model']}")

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from losses.batch import EncodedBatch
 from trainer.data.batches import Batch
 from trainer.data.tokens import TokenizedTexts
+from trainer.phases import Phases
 
 Encode = Callable[..., dict[str, Any]]
 """Takes the features of a chunk and its task; returns token_embeddings and attention_mask, which tokens are scored."""
@@ -30,10 +31,13 @@ class TrainedModel(nn.Module):
         return output
 
 
-def encode_batch(encoder: Encode, batch: Batch, device: torch.device) -> EncodedBatch:
+def encode_batch(encoder: Encode, batch: Batch, device: torch.device, phases: Phases | None = None) -> EncodedBatch:
     """Encode the queries and the documents of a micro-batch."""
-    queries, query_mask = encode_texts(encoder, batch.queries, device, task="query")
-    documents, document_mask = encode_texts(encoder, batch.documents, device, task="document")
+    phases = phases or Phases()
+    with phases("queries"):
+        queries, query_mask = encode_texts(encoder, batch.queries, device, task="query")
+    with phases("documents"):
+        documents, document_mask = encode_texts(encoder, batch.documents, device, task="document")
     return EncodedBatch(
         queries=queries,
         query_mask=query_mask,

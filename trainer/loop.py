@@ -5,8 +5,9 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from signal import SIGTERM
 from typing import Any
 
@@ -16,7 +17,6 @@ from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from configs.schema import Config
@@ -27,15 +27,19 @@ from trainer.data.order import count_steps_per_epoch
 from trainer.data.retrieval import RetrievalSet
 from trainer.data.tables import TrainingSet, identity
 from trainer.display import ProgressDisplay, counting
-from trainer.encoding import TrainedModel, encode_batch
+from trainer.encoding import TrainedModel
 from trainer.evaluation import evaluate
-from trainer.grad_cache import GradCache
 from trainer.metrics import QueryScores, join_sets, means
 from trainer.optim import build_optimizer, build_schedule, learning_rates
-from trainer.run_folder import BEST, MODEL, SCORES, SCORES_BEFORE, RunFolder
+from trainer.phases import PHASES, Phases, tracing
+from trainer.run_folder import BEST, MODEL, SCORES, SCORES_BEFORE, TRACE, RunFolder
 from trainer.significance import change_interval
+from trainer.step import Numbers, compute_gradient, embedding_gradients_by_token
 from trainer.stop import StopWish
 from trainer.tracker import Tracker
+
+# Steps that a device is given before the host reads what came of the first of them.
+STEPS_AHEAD = {"cuda": 1}
 
 
 class TrainingError(Exception):
@@ -48,6 +52,18 @@ class Stopped(Exception):
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that the device has been given."""
+
+    step: int
+    numbers: Numbers
+    rates: dict[str, float]
+    """Learning rates by the name of their group."""
+    phases: Callable[[], dict[str, float]]
+    """Gives the seconds of each phase."""
 
 
 def count_steps(config: Config, examples: int) -> int:
@@ -157,80 +173,78 @@ def train(
         console.print(f"before  {_one_line(done.before)}")
     # A generator of its own, or the loader would draw from the one of dropout.
     loader = DataLoader(batches, batch_size=None, sampler=range(done.step, steps), generator=torch.Generator())
+    names, phases = [each.name for each in batches.sets], Phases(accelerator.device if config.trainer.profile else None)
+    unread, ahead, stop_signal = deque[_Step](), STEPS_AHEAD.get(accelerator.device.type, 0), 0.0
     with (
         ProgressDisplay(console, steps=steps, log_every_steps=config.trainer.log_every_steps) as progress,
         StopWish(progress.say) as wish,
+        embedding_gradients_by_token(encoder, accelerator),
+        tracing(folder.path / TRACE if config.trainer.profile and accelerator.is_main_process else None) as trace,
     ):
-        step_started = time.perf_counter()
-        for micro_batches in loader:
-            step = done.step + 1
+        loaded, step_started = iter(loader), time.perf_counter()
+        for step in range(done.step + 1, steps + 1):
+            with phases("data", on_host=True):
+                micro_batches = next(loaded)
             model.train()
-            losses, of_sets = compute_gradient(
-                accelerator, model, loss, micro_batches, cached=cached, sets=len(batches.sets)
+            parts = compute_gradient(
+                accelerator, model, loss, micro_batches, cached=cached, sets=len(names), phases=phases
             )
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.trainer.max_gradient_norm or math.inf)
-            counts = {
-                **losses,
-                **(of_sets if len(batches.sets) > 1 else {}),
-                "queries": sum(len(batch.places) for batch in micro_batches),
-                "tokens": sum(batch.documents.tokens for batch in micro_batches),
-                "padded_tokens": sum(batch.documents.padded_tokens for batch in micro_batches),
-                "signal": wish.signal or 0,
-            }
-            counts = _sum_over_processes(accelerator, counts)
-            losses, gradient_norm = {name: counts.pop(name) for name in losses}, float(norm)
-            shares = _by_set({name: counts.pop(name, 0.0) for name in of_sets}, [each.name for each in batches.sets])
-            stop_signal = counts.pop("signal")
-            # The scaler of fp16 skips a step whose gradient overflows.
-            for name, value in (("loss", losses["loss"]), ("gradient norm", gradient_norm)):
-                if not math.isfinite(value) and not (name == "gradient norm" and accelerator.scaler):
-                    raise _not_finite(step, name, value, batches.examples(step - 1), folder)
-            rates = learning_rates(optimizer)
-            scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
-            optimizer.step()
-            # fp16 lowers its scale where it skips a step; of fused AdamW, accelerate does not see that.
-            if not accelerator.scaler or accelerator.scaler.get_scale() >= scale:
-                schedule.step()
-            optimizer.zero_grad()
-
-            counts["seconds"] = time.perf_counter() - step_started
-            done.step = step
-            done.totals = {key: done.totals[key] + value for key, value in counts.items()}
-            metrics: dict[str, float] = {
-                **_prefixed("train", losses),
-                **_prefixed("train", shares),
-                "train/learning_rate": next(iter(rates.values())),
-                **(_prefixed("train/learning_rate", rates) if len(rates) > 1 else {}),
-                "train/gradient_norm": gradient_norm,
-                **_prefixed("train", _rates(counts)),
-                "train/seconds": counts["seconds"],
-            }
-            progress.step(step, metrics, seconds_left=(steps - step) * done.totals["seconds"] / step)
-            every = config.evaluation.every_steps
-            if step == steps or (every is not None and step % every == 0):
-                done.after = score()
-                metrics |= _prefixed("eval", done.after)
-                if done.after is not None:
-                    progress.say(f"step {step}  {_one_line(done.after)}")
-                    # The last model is saved anyway: where it is the best, no earlier one is kept beside it.
-                    value = done.after[watched]
-                    if done.best is None or value > done.best:
-                        done.best, done.best_step = value, step
-                        if step < steps:
-                            folder.save_model(encoder, BEST, step=step)
-                        else:
-                            folder.remove_model(BEST)
-            folder.log(step, metrics)
-            tracker.log(step, metrics)
-            every = config.trainer.save_every_steps
-            if step < steps and (stop_signal or (every is not None and step % every == 0)):
+            with phases("optimizer"):
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.trainer.max_gradient_norm or math.inf)
+                rates = learning_rates(optimizer)
+                scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+                optimizer.step()
+                # fp16 lowers its scale where it skips a step; of fused AdamW, accelerate does not see that.
+                if not accelerator.scaler or accelerator.scaler.get_scale() >= scale:
+                    schedule.step()
+                optimizer.zero_grad()
+            counts = _counts(micro_batches) | {"signal": float(wish.signal or 0)}
+            numbers = Numbers(accelerator, parts, counts, alike={"gradient_norm": norm})
+            unread.append(_Step(step, numbers, rates, phases.take()))
+            trace()
+            scored = step == steps or _is_due(step, config.evaluation.every_steps)
+            saved = _is_due(step, config.trainer.save_every_steps)
+            # The numbers of a step are read while the device has the next one to do.
+            while unread and (len(unread) > ahead or scored or saved or stop_signal):
+                own = unread.popleft()
+                with phases("numbers", on_host=True):
+                    values = own.numbers.read()
+                # The scaler of fp16 skips a step whose gradient overflows.
+                for name in ("loss", *([] if accelerator.scaler else ["gradient_norm"])):
+                    if not math.isfinite(values[name]):
+                        raise _not_finite(own.step, name, values[name], batches.examples(own.step - 1), folder)
+                stop_signal = values.pop("signal")
+                values["seconds"] = time.perf_counter() - step_started
+                values |= {f"seconds/{name}": seconds for name, seconds in own.phases().items()}
+                done.step = own.step
+                for name in filter(_adds_up, values):
+                    done.totals[name] = done.totals.get(name, 0.0) + values[name]
+                metrics = _metrics(values, own.rates, names)
+                progress.step(own.step, metrics, seconds_left=(steps - own.step) * done.totals["seconds"] / own.step)
+                if scored and own.step == step:
+                    done.after = score()
+                    metrics |= _prefixed("eval", done.after)
+                    if done.after is not None:
+                        progress.say(f"step {step}  {_one_line(done.after)}")
+                        # The last model is saved anyway: where it is the best, no earlier one is kept beside it.
+                        value = done.after[watched]
+                        if done.best is None or value > done.best:
+                            done.best, done.best_step = value, step
+                            if step < steps:
+                                folder.save_model(encoder, BEST, step=step)
+                            else:
+                                folder.remove_model(BEST)
+                folder.log(own.step, metrics)
+                tracker.log(own.step, metrics)
+                step_started = time.perf_counter()
+            if step < steps and (stop_signal or saved):
                 done.seconds = earlier_seconds + time.perf_counter() - started
                 folder.save_checkpoint(state, gather_random_states(), keep=config.trainer.keep_checkpoints)
                 if stop_signal:
                     accelerator.wait_for_everyone()  # a launcher that sees one process end ends the one that saves
                     # Of several processes, one may hear of the signal first.
                     raise Stopped(wish.signal or SIGTERM, _how_to_go_on(accelerator, folder, step, steps))
-            step_started = time.perf_counter()
+                step_started = time.perf_counter()
 
     path = folder.save_model(encoder, MODEL, step=steps)
     best = None
@@ -254,46 +268,9 @@ def train(
         "change": interval,
         "evaluation_id": done.evaluation_id,
         **_rates(done.totals),
+        "phases": {name: done.totals[f"seconds/{name}"] / steps for name in PHASES if f"seconds/{name}" in done.totals},
         "peak_memory_bytes": max(gather_object([peak_memory_bytes(accelerator.device)])),
     }
-
-
-def compute_gradient(
-    accelerator: Accelerator,
-    model: TrainedModel,
-    loss: Loss,
-    micro_batches: list[Batch],
-    *,
-    cached: bool,
-    sets: int = 1,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Leave in the parameters the gradient of the mean loss over all queries of the step, on all processes, which
-    synchronise once; return what this process adds to the means of that loss and of all that it logs, and to the sum of
-    the loss and the number of queries of each of the data's sets.
-
-    cached: encode twice and hold the activations of one chunk at a time.
-    """
-    logged: dict[str, Tensor] = {}
-    of_sets = torch.zeros(2, sets, device=accelerator.device)
-    for batch in micro_batches:
-        last = batch is micro_batches[-1]
-        encoder = GradCache(model) if cached else model
-        with nullcontext() if last and not cached else accelerator.no_sync(model):
-            with accelerator.autocast():
-                values, parts = loss(encode_batch(encoder, batch, accelerator.device))
-            # DistributedDataParallel takes the mean over processes, and the shares make a sum of it.
-            accelerator.backward(values.mean() * (batch.share * accelerator.num_processes))
-        if isinstance(encoder, GradCache):
-            encoder.replay(accelerator, list(loss.learnt.parameters()), synchronise=last)
-        values = values.detach()
-        if sets > 1:
-            places = torch.tensor([place.set for place in batch.places], device=values.device)
-            of_sets.index_add_(1, places, torch.stack([values.float(), torch.ones_like(values, dtype=torch.float32)]))
-        for name, part in {"loss": values.mean(), **parts}.items():
-            logged[name] = logged.get(name, 0.0) + part * batch.share
-    numbers = torch.cat([torch.stack(list(logged.values())), of_sets.flatten()]).tolist()
-    keys = [f"{what} of set {index}" for what in ("loss", "queries") for index in range(sets)]
-    return dict(zip(logged, numbers, strict=False)), dict(zip(keys, numbers[len(logged) :], strict=True))
 
 
 def resume(state: TrainState, accelerator: Accelerator, folder: RunFolder, console: Console) -> None:
@@ -343,19 +320,47 @@ def _how_to_go_on(accelerator: Accelerator, folder: RunFolder, step: int, steps:
 
 
 def _not_finite(step: int, name: str, value: float, examples: list[dict[str, Any]], folder: RunFolder) -> TrainingError:
-    path = folder.write_failed_batch(examples)
+    path, what = folder.write_failed_batch(examples), name.replace("_", " ")
     return TrainingError(
-        f"step {step}: the {name} is {value}; the batch is {examples[0]['place']} and {len(examples) - 1} more "
+        f"step {step}: the {what} is {value}; the batch is {examples[0]['place']} and {len(examples) - 1} more "
         f"examples, all in {path}: look at them, or lower optimizer.learning_rate"
     )
 
 
-def _sum_over_processes(accelerator: Accelerator, counts: dict[str, float]) -> dict[str, float]:
-    if accelerator.num_processes == 1:
-        return counts
-    # One exchange a step; float32 holds every count below 16 million.
-    total = accelerator.reduce(torch.tensor(list(counts.values()), device=accelerator.device), reduction="sum")
-    return dict(zip(counts, total.tolist(), strict=True))
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _counts(micro_batches: list[Batch]) -> dict[str, float]:
+    """What this process has of a step."""
+    documents = [batch.documents for batch in micro_batches]
+    return {
+        "queries": sum(len(batch.places) for batch in micro_batches),
+        "tokens": sum(each.tokens for each in documents),
+        "padded_tokens": sum(each.padded_tokens for each in documents),
+    }
+
+
+def _adds_up(name: str) -> bool:
+    return name in ("queries", "tokens", "padded_tokens") or name.partition("/")[0] == "seconds"
+
+
+def _metrics(values: dict[str, float], rates: dict[str, float], sets: list[str]) -> dict[str, float]:
+    """What is logged of a step, from all that was counted and measured."""
+    losses = {
+        name: value
+        for name, value in values.items()
+        if " of set " not in name and name != "gradient_norm" and not _adds_up(name)
+    }
+    return {
+        **_prefixed("train", losses),
+        **_prefixed("train", _by_set(values, sets) if len(sets) > 1 else {}),
+        "train/learning_rate": next(iter(rates.values())),
+        **(_prefixed("train/learning_rate", rates) if len(rates) > 1 else {}),
+        "train/gradient_norm": values["gradient_norm"],
+        **_prefixed("train", _rates(values)),
+        **_prefixed("train", {name: value for name, value in values.items() if name.startswith("seconds")}),
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -28,6 +28,7 @@ from trainer.figures import (
     draw_seeds,
     smoothing_window,
 )
+from trainer.phases import describe
 from trainer.run_folder import CONFIG, FIGURES, METRICS, REPORT, RESULT, remove_report
 from trainer.sweep import Job, common_overrides, read_jobs
 from trainer.theme import DARK, LIGHT, css_variables, themed, to_png, to_svg
@@ -291,6 +292,8 @@ def _summary(run: Run) -> Iterator[str]:
             f"Finished: {result['steps']:,} steps, {result['queries']:,} queries, {_duration(result['seconds'])} in "
             f"{_count(result['processes'], 'process', 'processes')}"
         )
+        if result.get("phases"):
+            yield f"Seconds of a step: {describe(result['phases'])}"
         if (best := result["best"]) is not None and best["step"] != result["steps"]:
             yield f"The best model is that of step {best['step']:,}: {best['model']}"
         yield f"Model: {result['model']}"

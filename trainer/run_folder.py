@@ -23,9 +23,11 @@ CONFIG, METRICS, RESULT, FAILED_BATCH = "config.yaml", "metrics.jsonl", "result.
 # Each query's metrics, of the last model and of the untrained one.
 SCORES, SCORES_BEFORE = "scores.jsonl", "scores_before.jsonl"
 MODEL, BEST, CHECKPOINTS = "model", "best", "checkpoints"
+# Of a few steps, for chrome://tracing or Perfetto.
+TRACE = "trace.json.gz"
 # The page of a run or a sweep, and the folder of its figures as PNG.
 REPORT, FIGURES = "report.html", "figures"
-LEFT = (RESULT, CONFIG, METRICS, FAILED_BATCH, SCORES, SCORES_BEFORE, REPORT, MODEL, BEST, CHECKPOINTS)
+LEFT = (RESULT, CONFIG, METRICS, FAILED_BATCH, SCORES, SCORES_BEFORE, TRACE, REPORT, MODEL, BEST, CHECKPOINTS)
 LOCK = ".lock"
 # Beside a model's own files: after which step it was saved.
 STEP = "step.json"

@@ -42,6 +42,7 @@ from trainer.evaluation import Progress, evaluate
 from trainer.loop import Stopped, TrainingError, build_batches, count_steps, train
 from trainer.metrics import QueryScores, read_scores
 from trainer.optim import freeze
+from trainer.phases import PHASES
 from trainer.run_folder import RunFolder
 from trainer.significance import change_interval
 from trainer.tracker import Tracker
@@ -549,6 +550,64 @@ def test_each_set_of_several_is_scored_by_itself_and_with_the_others(
     }
 
 
+# Numbers that are read a step late, as those of a GPU
+
+
+def test_numbers_that_are_read_late_are_the_same(
+    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*OVERRIDES, "evaluation.every_steps=2", "trainer.save_every_steps=3"]
+    data = make_data(evaluated=True)
+    at_once = run(deepcopy(encoder), make_config(*overrides, *beside(make_config, "at once")), data=data)
+    monkeypatch.setattr(loop, "STEPS_AHEAD", {"cpu": 1})
+    late = run(encoder, make_config(*overrides, *beside(make_config, "late")), data=data)
+    assert_equal(late, at_once)
+    assert [line["step"] for line in late.metrics] == list(range(6))
+
+
+def test_a_step_whose_numbers_come_late_is_named_all_the_same_and_not_saved(
+    encoder: MultiVectorEncoder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "STEPS_AHEAD", {"cpu": 1})
+    config = make_config(*OVERRIDES, "trainer.save_every_steps=2")
+    folder, seen = RunFolder(config), count(1)
+    term = loss_of(config).terms["contrastive"]
+
+    def broken(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
+        values, facts = term(scores)
+        return values * (math.nan if next(seen) == 3 else 1.0), facts
+
+    with pytest.raises(TrainingError, match=r"^step 3: the loss is nan"):
+        run(encoder, config, loss=loss_of(config, broken))
+    assert folder.saved_step() == 2
+    assert [line["step"] for line in read_metrics(folder)] == [0, 1, 2]
+
+
+# Where the time goes
+
+
+def test_a_profile_has_the_seconds_of_each_phase_of_every_step_and_a_trace(
+    encoder: MultiVectorEncoder, make_config: MakeConfig
+) -> None:
+    ours = run(encoder, make_config(*OVERRIDES, "trainer.profile=true"))
+    for line in ours.metrics[1:]:
+        own = {key.removeprefix("train/seconds/"): value for key, value in line.items() if "seconds/" in key}
+        assert set(PHASES) - set(own) <= {"numbers"}
+        assert 0 < sum(own.values()) <= line["train/seconds"] * 1.05 + 0.01
+    assert list(ours.result["phases"]) == list(PHASES)
+    assert ours.result["phases"]["documents"] == pytest.approx(
+        sum(line["train/seconds/documents"] for line in ours.metrics[1:]) / 5
+    )
+    assert (ours.folder.path / "trace.json.gz").stat().st_size > 0
+
+
+def test_without_a_profile_no_phase_is_logged(encoder: MultiVectorEncoder, make_config: MakeConfig) -> None:
+    ours = run(encoder, make_config(*OVERRIDES))
+    assert not [key for line in ours.metrics for key in line if "seconds/" in key]
+    assert ours.result["phases"] == {}
+    assert not (ours.folder.path / "trace.json.gz").exists()
+
+
 # What takes less memory, or another step
 
 
@@ -680,6 +739,7 @@ def test_the_result_says_what_the_run_did(encoder: MultiVectorEncoder, make_conf
         "after",
         "change",
         "evaluation_id",
+        "phases",
         "peak_memory_bytes",
     }
     seconds = sum(line["train/seconds"] for line in steps)
@@ -838,17 +898,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
     assert not (folder.path / "model").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(
     encoder: MultiVectorEncoder, make_config: MakeConfig
 ) -> None:
     def term(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
         # Finite, with the gradient of a root at 0.
         return (scores.batch.queries * 0).sum().sqrt(), {}
 
-    config = make_config(*OVERRIDES)
-    with pytest.raises(TrainingError, match=r"^step 1: the gradient"):
+    config = make_config(*OVERRIDES, "trainer.save_every_steps=1")
+    with pytest.raises(TrainingError, match=r"^step 1: the gradient norm is nan"):
         run(encoder, config, loss=loss_of(config, term))
-    assert all(parameter.isfinite().all() for parameter in encoder.parameters())
+    assert RunFolder(config).saved_step() == 0
     assert not (RunFolder(config).path / "model").exists()
 
 
