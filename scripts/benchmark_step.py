@@ -1,302 +1,408 @@
-"""Time and peak memory of one optimiser step, plain and cached (trainer.cache_tokens), each in a process of its own.
+"""Training steps beside the peers' own trainers: the same weights, the same examples, the same batches, in turn.
 
-    python scripts/benchmark_step.py device=cpu [queries=1024] [cache_tokens=N]
-    python scripts/benchmark_step.py device=cuda [queries=16384] [cache_tokens=N]
+    python scripts/benchmark_step.py [device=cpu] [peers=[st,pylate]] [sets=[python_functions,lfrqa,squad_sentences]]
 
-On a CPU it is the default config with its weights, its texts and the calls of train.py. On a GPU it is a backbone of
-ModernBERT-base's size over random tokens in bf16, which needs torch, transformers and accelerate alone. queries= is the
-largest cached step; without cache_tokens= its chunks are as large as those of the plain step.
+st is sentence-transformers' MultiVectorEncoderTrainer in this environment, pylate PyLate's in one of its own, which is
+installed into environments=.peers at the first use. Weights are those of model=minilm with a new linear head, documents
+are cut at document_length=180, a step has batch_size=32 pairs, precision=float32 or bf16.
+
+First each trainer takes agree=1 steps with dropout off; where a peer fails, has read other tokens, or has a loss more
+than 1e-3 from ours at the first step, no ratio of it is printed and the status is 1. Then each trains steps=8 and
+warmup=2 before them, with the dropout of the weights, in a process of its own, one after the other, rounds=3 times.
+queries/s are those of the timed steps, in the median over the rounds, and so are the ratios, each of one round. Where
+the time of a step of ours goes is measured once more, with trainer.profile=true.
+
+What was measured is written to scripts/results/step_<machine>.json, and with readme=true into the README's table.
+LATEFORGE_DATA names the folder of the sets.
 """
 
-import math
+import json
 import os
-import statistics
+import re
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from importlib.metadata import version
-from multiprocessing import get_context
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import datasets
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from accelerate.utils import set_seed
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from losses.batch import EncodedBatch
-from losses.contrastive import ContrastiveLoss
-from losses.maxsim import choose_backend
-from losses.scores import gather_pool, score
-from scripts.benchmark_maxsim import options, processor
-from scripts.maxsim_contestants import first_line
-from trainer.grad_cache import GradCache
+from architectures.export import Format, write_layout
+from configs.schema import ConfigError, Precision, explain
+from scripts.machine import commit, processor
+from scripts.models import build_model, compose_config
+from scripts.peer_environments import PEERS, PeerError, install, python_of, variables_of
+from scripts.peer_trainer import versions
+from trainer.console import fail
+from trainer.data import load_data
+from trainer.loop import build_batches
+from trainer.phases import PHASES, TRACED_STEPS
 
-if TYPE_CHECKING:
-    from configs.schema import Config
+RESULTS, README, TRAINER = ROOT / "scripts" / "results", ROOT / "README.md", ROOT / "scripts" / "peer_trainer.py"
+BEGIN, END = "<!-- step table -->\n", "<!-- end of step table -->\n"
+OURS, TRAINERS = "lateforge", {"st": "sentence-transformers", "pylate": "PyLate"}
+# A peer's loss of the first step may be so far from ours.
+FIRST_LOSS = 1e-3
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
-SMALL, WIDTH, QUERY_TOKENS, DOCUMENT_TOKENS = 32, 128, 32, 300
-COLUMNS = ("step", "queries", "chunks", "seconds", "peak memory", "of it before the first step", "over the plain one")
-# Takes a number of queries and the number of the step; returns how many chunks were encoded.
-Step = Callable[[int, int], int]
 
-
-@dataclass(frozen=True)
-class Case:
-    """What to measure; cache_tokens: 0 takes the chunks of the plain step."""
-
-    device: str
-    cache_tokens: int
-    queries: int
-    cached: bool
-    steps: int
+@dataclass
+class Options:
+    device: str = "cpu"
+    peers: list[str] = field(default_factory=lambda: list(TRAINERS))
+    sets: list[str] = field(default_factory=lambda: ["python_functions", "lfrqa", "squad_sentences"])
+    model: str = "minilm"
+    document_length: int = 180
+    batch_size: int = 32
+    precision: Precision = Precision.float32
+    steps: int = 8
+    warmup: int = 2
+    rounds: int = 3
+    agree: int = 1
+    environments: str = ".peers"
+    readme: bool = False
 
 
 @dataclass(frozen=True)
 class Measured:
-    """before_bytes: the peak of libraries, data, weights, gradients and moments, whatever the batch."""
+    """What one trainer did in one process, step by step."""
 
-    chunks: int
-    seconds: float
-    before_bytes: int
-    peak_bytes: int
-    maxsim: str
+    seconds: list[float]
+    losses: list[float]
+    tokens: list[int]
+    """Of documents."""
+    padded_tokens: list[int]
+    phases: dict[str, float]
+    """Seconds a timed step."""
+    peak_memory_bytes: int
+    versions: dict[str, str]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The status is 0, 1 where a step could not be measured, 2 for a mistake in what was asked."""
+    """The status is 0, 1 where a peer cannot be compared, 2 for a mistake in the arguments."""
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        return 0
     try:
-        chosen = options(arguments, device=("cpu", "cuda"), queries=0, cache_tokens=0)
-        if chosen["device"] == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device=cuda needs a GPU, and torch sees none: take device=cpu")
-    except ValueError as error:
-        print(f"benchmark_step: {error}", file=sys.stderr)
-        return 2
-    return run(plan(**chosen))
+        options = parse(arguments)
+        record = measure_all(options)
+    except (ConfigError, PeerError) as error:
+        return fail(str(error))
+    path = RESULTS / f"step_{re.sub('[^a-z0-9]+', '_', record['machine'].lower()).strip('_')}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{table(record)}\n{path}")
+    if options.readme:
+        README.write_text(updated(README.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    return int(any(each["problems"] for each in record["sets"].values()))
 
 
-def plan(*, device: str, queries: int, cache_tokens: int) -> list[Case]:
-    """The plain step, then the cached ones; queries: of the largest, where 0 is 1,024 or, on a GPU, 16,384."""
-    large = [(queries or 1024, True, 1)] if device == "cpu" else [(1024, True, 3), (queries or 16384, True, 1)]
-    steps = [(SMALL, False, 3), (SMALL, True, 3), *large]
-    return [Case(device, cache_tokens, *step) for step in steps]
+def parse(arguments: Sequence[str]) -> Options:
+    """Raises ConfigError for an argument that cannot be."""
+    try:
+        given = OmegaConf.from_dotlist(list(arguments))
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(options, Options)
+    unknown = [name for name in options.peers if name not in TRAINERS]
+    problems = {
+        f"peers={unknown} are none: give some of {', '.join(TRAINERS)}": bool(unknown),
+        f"device={options.device} must be cpu or cuda": options.device not in ("cpu", "cuda"),
+        "device=cuda: this machine has no GPU that torch can use: give device=cpu": (
+            options.device == "cuda" and not torch.cuda.is_available()
+        ),
+        "precision=fp16 is not compared: give float32 or bf16": options.precision is Precision.fp16,
+        "steps, rounds, agree and batch_size must be 1 or more, warmup 0 or more": (
+            min(options.steps, options.rounds, options.agree, options.batch_size) < 1 or options.warmup < 0
+        ),
+    }
+    for problem, holds in problems.items():
+        if holds:
+            raise ConfigError(problem)
+    return options
 
 
-def run(cases: Sequence[Case]) -> int:
-    """Measure each case alone, print its row and at the end the machine, and return the status."""
-    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
-    results: list[Measured | str] = []
-    for case in cases:
-        # A process has one peak. On Linux it begins at that of the process which started it: this one stays small.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            try:
-                results.append(pool.submit(measure_alone, case).result())
-            except Exception as error:  # whatever a step raises, such as no memory left, is its result
-                results.append(first_line(error))
-        print(row(case, results[-1], results[0]), flush=True)
-    on_gpu = cases[0].device == "cuda"
-    machine = [torch.cuda.get_device_name() if on_gpu else processor(), f"{torch.get_num_threads()} threads"]
-    packages = ["torch", "transformers", *([] if on_gpu else ["sentence-transformers"])]
-    machine += [f"{name} {version(name)}" for name in packages]
-    machine += sorted({f"MaxSim {result.maxsim}" for result in results if isinstance(result, Measured)})
-    print(", ".join(machine))
-    return int(any(isinstance(result, str) for result in results))
-
-
-def row(case: Case, result: Measured | str, plain: Measured | str) -> str:
-    """A line of the table; a text says why nothing was measured."""
-    cells = ["cached" if case.cached else "plain", f"{case.queries:,}"]
-    if isinstance(result, str):
-        cells += [result.replace("|", "/"), *"----"]
-    else:
-        cells += [f"{result.chunks:,}", f"{result.seconds:.3g}"]
-        cells += [f"{size / 2**20:,.0f} MiB" for size in (result.peak_bytes, result.before_bytes)]
-        cells.append("-" if isinstance(plain, str) else f"{result.peak_bytes / plain.peak_bytes:.2f}x")
-    return f"| {' | '.join(cells)} |"
-
-
-def measure_alone(case: Case) -> Measured:
-    """Measure in a process that has done nothing else."""
-    if case.device == "cuda":
-        # The sizes that transformers gives a ModernBERT by default are those of ModernBERT-base.
-        return measure(case, *prepare_random(case, sizes={}))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the trainer would take a GPU that is there
-    return measure(case, *prepare_training(compose_config(case)))
-
-
-def measure(case: Case, step: Step, optimizer: Optimizer, maxsim: str) -> Measured:
-    """Warm up with a small step of the same kind, then take the median of the steps."""
-    # Gradients and moments, which a step of any batch needs; zeros move the weights by their decay alone.
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    before, chunks, seconds = peak_bytes(case.device), 0, []
-    for number, queries in enumerate([SMALL, *[case.queries] * case.steps]):
-        start = time.perf_counter()
-        chunks = step(queries, number)
-        if case.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return Measured(chunks, statistics.median(seconds[1:]), before, peak_bytes(case.device), maxsim)
-
-
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    from trainer.loop import peak_memory_bytes
-
-    return peak_memory_bytes(torch.device(device))
-
-
-def compose_config(case: Case) -> "Config":
-    """The default config with the batch and the cache of the case."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-
-    from configs.schema import Config, parse_config
-
-    ConfigStore.instance().store("schema", Config)
-    cache = f"trainer.cache_tokens={(case.cache_tokens or '${trainer.chunk_tokens}') if case.cached else 'null'}"
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return parse_config(compose("train", ["name=benchmark_step", f"trainer.batch_size={case.queries}", cache]))
-
-
-def prepare_training(config: "Config") -> tuple[Step, Optimizer, str]:
-    """Build what train.py builds; a step is what trainer/loop.py does, tokens included, without logging."""
-    import logging
-
-    import datasets
-    from accelerate.utils import set_seed
-    from transformers.utils import logging as transformers_logging
-
-    from architectures.factory import build_encoder
-    from losses.factory import build_loss
-    from trainer.data import load_data
-    from trainer.encoding import TrainedModel
-    from trainer.loop import build_batches, compute_gradient
-    from trainer.optim import build_optimizer, freeze
-    from trainer.plan import build_accelerator, check_batch, choose_maxsim
-
+def measure_all(options: Options) -> dict[str, Any]:
+    """What was measured of each set, and on what."""
+    if "pylate" in options.peers:
+        install(PEERS["pylate"], Path(options.environments).absolute() / "pylate")
     datasets.disable_progress_bars()
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    data, accelerator = load_data(config.data), build_accelerator(config)
-    check_batch(config, data, accelerator.num_processes)
-    [examples] = data.sets
-    set_seed(config.seed)
-    encoder = build_encoder(config.backbone, config.head)
-    maxsim = choose_maxsim(config, accelerator.device, encoder)
-    loss = build_loss(config.loss, width=encoder.get_embedding_dimension() or 0, maxsim=maxsim)
-    freeze(encoder, loss.learnt, config.optimizer)
-    batches = {}
-    for queries in (SMALL, config.trainer.batch_size):
-        sized = replace(config, trainer=replace(config.trainer, batch_size=queries))
-        # An epoch is cut evenly: only a multiple of the batch is cut into full ones.
-        full = examples.select(range(len(examples) // queries * queries))
-        batches[queries] = build_batches(sized, [full], encoder, accelerator)
-    whole = TrainedModel(encoder, loss.learnt).to(accelerator.device)
-    model, optimizer = accelerator.prepare(whole, build_optimizer(encoder, loss.learnt, config.optimizer))
-
-    def step(queries: int, number: int) -> int:
-        micro_batches = batches[queries][number]
-        model.train()
-        compute_gradient(accelerator, model, loss, micro_batches, cached=config.trainer.cache_tokens is not None)
-        accelerator.clip_grad_norm_(model.parameters(), config.trainer.max_gradient_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        return sum(len(batch.queries.chunks) + len(batch.documents.chunks) for batch in micro_batches)
-
-    return step, optimizer, maxsim
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+    record: dict[str, Any] = {
+        "machine": gpu or f"{processor()} {torch.get_num_threads()} threads",
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "command": " ".join(["python scripts/benchmark_step.py", *sys.argv[1:]]),
+        "options": asdict(options) | {"precision": options.precision.name},
+        "versions": {},
+        "sets": {},
+    }
+    for name in options.sets:
+        print(f"{name}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            contest = Contest(options, name, Path(folder))
+            record["sets"][name], found = contest.run()
+            record["versions"] |= found
+    return record
 
 
-class RandomEncoder(nn.Module):
-    """ModernBERT under a linear head, untrained; it is called as the trainer's model is."""
+class Contest:
+    """The trainers over one set."""
 
-    def __init__(self, sizes: dict[str, Any]) -> None:
-        super().__init__()
-        from transformers import ModernBertConfig, ModernBertModel
+    def __init__(self, options: Options, name: str, folder: Path) -> None:
+        self.options, self.name, self.folder = options, name, folder
+        self.trainers = [OURS, *options.peers]
+        self.count = 0
 
-        self.backbone = ModernBertModel(ModernBertConfig(**sizes))
-        self.head = nn.Linear(self.backbone.config.hidden_size, WIDTH, bias=False)
+    def run(self) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+        """What was measured, by trainer; and the versions of each."""
+        options, folder = self.options, self.folder
+        for dropout in ("off", "on"):
+            self.write_weights(folder / dropout, ["backbone.dropout=0"] if dropout == "off" else [])
+        self.write_pairs(steps=max(options.agree, options.warmup + options.steps))
+        problems, first = dict[str, str](), dict[str, Measured]()
+        for trainer in self.trainers:
+            try:
+                first[trainer] = self.train(trainer, folder / "off", steps=options.agree)
+            except PeerError as error:
+                problems[trainer] = str(error)
+        if OURS in problems:
+            raise PeerError(problems[OURS])
+        for trainer in options.peers:
+            if trainer not in problems and (problem := disagreement(first[OURS], first[trainer])):
+                problems[trainer] = problem
+        apart = {
+            trainer: max(abs(a - b) for a, b in zip(first[OURS].losses, first[trainer].losses, strict=True))
+            for trainer in options.peers
+            if trainer not in problems
+        }
+        for trainer, problem in problems.items():
+            print(f"{TRAINERS[trainer]} is not compared: {problem}", flush=True)
+        compared = [trainer for trainer in self.trainers if trainer not in problems]
+        rounds: dict[str, list[Measured]] = {trainer: [] for trainer in compared}
+        for number in range(options.rounds):
+            for trainer in compared:
+                measured = self.train(trainer, folder / "on", steps=options.warmup + options.steps)
+                rounds[trainer].append(measured)
+                print(f"round {number + 1}  {trainer:10}{self.rate(measured):8.2f} queries/s", flush=True)
+        out = folder / "profile"
+        out.mkdir()
+        profiled = self.train_ours(folder / "on", out, options.warmup + options.steps, profile=True)
+        result = {
+            "problems": problems,
+            "phases": profiled.phases,
+            "losses_apart": apart,
+            "trainers": {trainer: self.summary(rounds[trainer], rounds[OURS]) for trainer in compared},
+        }
+        return result, {trainer: rounds[trainer][0].versions for trainer in compared}
 
-    def forward(self, features: dict[str, Any], *, task: str) -> dict[str, Any]:
-        vectors = self.head(self.backbone(**features).last_hidden_state)
-        return {"token_embeddings": F.normalize(vectors, dim=-1), "attention_mask": features["attention_mask"]}
+    def write_weights(self, folder: Path, keys: list[str]) -> None:
+        """The same weights in each library's layout."""
+        config = compose_config(self.options.model, *self.keys(), *keys)
+        set_seed(1)
+        encoder = build_model(config)
+        for layout in (Format.sentence_transformers, Format.pylate):
+            write_layout(encoder, layout, folder / layout.name)
 
+    def write_pairs(self, *, steps: int) -> None:
+        """As many pairs of the set as the steps take, in two files."""
+        wanted, pairs = steps * self.options.batch_size, dict[str, str]()
+        for examples in load_data(compose_config(self.options.model, f"data={self.name}").data).sets:
+            for row in range(len(examples)):
+                example = examples.example(row)
+                pairs.setdefault(example["query"], example["documents"][0])
+                if len(pairs) == wanted:
+                    break
+        if len(pairs) < wanted:
+            raise ConfigError(f"{self.name} has {len(pairs):,} different queries, and the steps take {wanted:,}")
+        rows = [{"query": query, "positive": positive} for query, positive in pairs.items()]
+        self.write("given.jsonl", rows)
+        self.write_in_order(steps)
 
-def prepare_random(case: Case, sizes: dict[str, Any]) -> tuple[Step, Optimizer, str]:
-    """Build a random encoder and its optimiser; sizes: what of a ModernBertConfig is not its default."""
-    torch.manual_seed(1)
-    device = torch.device(case.device)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=case.device == "cpu")
-    encoder = RandomEncoder(sizes).to(device)
-    model, optimizer = accelerator.prepare(encoder, AdamW(encoder.parameters(), lr=1e-4, fused=True))
-    maxsim = choose_backend(
-        "auto", device=device, dtype=torch.bfloat16, embedding_size=WIDTH, longest_text=DOCUMENT_TOKENS
-    )
-    vocabulary = encoder.backbone.config.vocab_size
-    chunk_tokens = (case.cached and case.cache_tokens) or SMALL * DOCUMENT_TOKENS
+    def write_in_order(self, steps: int) -> None:
+        """The given pairs in the order of our batches."""
+        config = compose_config(self.options.model, *self.keys(), f"trainer.batch_size={self.options.batch_size}")
+        batches = build_batches(config, load_data(config.data).sets, build_model(config), Accelerator(cpu=True))
+        in_order = [example for step in range(steps) for example in batches.examples(step)]
+        self.write("pairs.jsonl", [{"query": each["query"], "positive": each["documents"][0]} for each in in_order])
 
-    def step(queries: int, number: int) -> int:
-        model.train()
-        chunks = {}
-        for task, tokens in (("query", QUERY_TOKENS), ("document", DOCUMENT_TOKENS)):
-            ids = torch.randint(vocabulary, (queries, tokens), device=device)
-            chunks[task] = ids.split(max(1, chunk_tokens // tokens))
-        leave_gradient(accelerator, model, chunks, cached=case.cached, maxsim=maxsim)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return sum(map(len, chunks.values()))
+    def write(self, name: str, rows: list[dict[str, str]]) -> None:
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-    return step, optimizer, maxsim
+    def keys(self) -> list[str]:
+        """Of our config, for the pairs."""
+        return [
+            *("data=pairs", f"data.path={self.folder / 'given.jsonl'}", "data.evaluation_fraction=0"),
+            f"backbone.document_length={self.options.document_length}",
+        ]
 
+    def train(self, trainer: str, weights: Path, *, steps: int) -> Measured:
+        """Train in a process of its own. Raises PeerError where that fails."""
+        self.count += 1
+        out = self.folder / f"out{self.count}"
+        out.mkdir()
+        if trainer == OURS:
+            return self.train_ours(weights, out, steps)
+        return self.train_peer(trainer, weights, out, steps)
 
-def leave_gradient(
-    accelerator: Accelerator, model: nn.Module, chunks: dict[str, Sequence[Tensor]], *, cached: bool, maxsim: str
-) -> None:
-    """Do what compute_gradient of trainer/loop.py does, which needs `datasets` and more to be imported.
-
-    chunks: ids (texts, tokens) of "query" and "document"; each query's positive is the document in its place.
-    """
-    encoder = GradCache(model) if cached else model
-    with accelerator.autocast():
-        places = torch.arange(sum(map(len, chunks["query"])), device=chunks["query"][0].device)
-        sides = []
-        for task, several in chunks.items():
-            outputs = [
-                encoder({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, task=task) for ids in several
-            ]
-            for name in ("token_embeddings", "attention_mask"):
-                # Indexed, which copies them: the trainer puts the texts back into their order.
-                sides.append(torch.cat([output[name] for output in outputs])[places])
-        queries, query_mask, documents, document_mask = sides
-        batch = EncodedBatch(
-            queries=queries,
-            query_mask=query_mask.bool(),
-            documents=documents,
-            document_mask=document_mask.bool(),
-            candidates=places[:, None],
-            teacher_scores=None,
-            document_ids=places + 1,
-            known_positives=places[:, None] + 1,
+    def train_ours(self, weights: Path, out: Path, steps: int, *, profile: bool = False) -> Measured:
+        options = self.options
+        keys = [
+            *("backbone=checkpoint", f"backbone.name={weights / Format.sentence_transformers.name}", *self.keys()),
+            *("head=default", "name=benchmark", f"output_dir={out / 'run'}", "report=false", "trainer.epochs=null"),
+            *(f"trainer.steps={steps}", f"trainer.batch_size={options.batch_size}", "trainer.save_every_steps=null"),
+            *(f"trainer.precision={options.precision.name}", "loss.contrastive.mask_known_positives=false"),
+            *(f"optimizer.learning_rate={LEARNING_RATE}", f"optimizer.weight_decay={WEIGHT_DECAY}"),
+            *("optimizer.warmup_fraction=0", f"trainer.profile={str(profile).lower()}"),
+        ]
+        if options.device == "cuda":
+            keys.append("trainer.chunk_tokens=16384")
+        variables = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        variables |= {} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+        _run([sys.executable, str(ROOT / "train.py"), *keys], os.environ | variables, OURS)
+        lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        done = [line for line in lines if "train/loss" in line]
+        seconds = [line["train/seconds"] for line in done]
+        tokens = [round(line["train/document_tokens_per_second"] * line["train/seconds"]) for line in done]
+        padding = [line["train/padding_fraction"] for line in done]
+        phases = [{name: line[f"train/seconds/{name}"] for name in PHASES} for line in done] if profile else []
+        untraced = phases[1 + TRACED_STEPS + 1 :] or phases
+        result = json.loads((out / "run" / "result.json").read_text(encoding="utf-8"))
+        return Measured(
+            seconds=seconds,
+            losses=[line["train/loss"] for line in done],
+            tokens=tokens,
+            padded_tokens=[round(own / (1 - share)) for own, share in zip(tokens, padding, strict=True)],
+            phases={name: median(each[name] for each in untraced) for name in PHASES} if profile else {},
+            peak_memory_bytes=result["peak_memory_bytes"],
+            versions=versions(),
         )
-        loss = ContrastiveLoss(
-            temperature=1.0, symmetric=False, own_negatives=True, mask_known_positives=True, max_negative_ratio=None
+
+    def train_peer(self, trainer: str, weights: Path, out: Path, steps: int) -> Measured:
+        options = self.options
+        layout = Format.pylate if trainer == "pylate" else Format.sentence_transformers
+        task = {
+            "library": trainer,
+            "model": str(weights / layout.name),
+            "pairs": str(self.folder / "pairs.jsonl"),
+            "steps": steps,
+            "batch_size": options.batch_size,
+            "learning_rate": LEARNING_RATE,
+            "weight_decay": WEIGHT_DECAY,
+            "precision": options.precision.name,
+            "device": options.device,
+            "threads": torch.get_num_threads(),
+            "result": str(out / "result.json"),
+        }
+        python, variables = Path(sys.executable), os.environ | {"HF_HUB_OFFLINE": "1"}
+        if trainer == "pylate":
+            environment = Path(options.environments).absolute() / "pylate"
+            python, variables = python_of(environment), variables_of(environment)
+        if options.device == "cuda":
+            variables.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            variables["CUDA_VISIBLE_DEVICES"] = ""
+        _run([str(python), str(TRAINER), json.dumps(task)], variables, TRAINERS[trainer])
+        found = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        timed = found["phases"][options.warmup :] or found["phases"]
+        found["phases"] = {name: sum(each[name] for each in timed) / len(timed) for name in timed[0]}
+        return Measured(**found)
+
+    def rate(self, measured: Measured) -> float:
+        """Queries a second of the timed steps."""
+        timed = measured.seconds[self.options.warmup :]
+        return self.options.batch_size * len(timed) / sum(timed)
+
+    def summary(self, rounds: list[Measured], ours: list[Measured]) -> dict[str, Any]:
+        """Medians over the rounds."""
+        timed = slice(self.options.warmup, None)
+        one = rounds[0]
+        return {
+            "queries_per_second": median(map(self.rate, rounds)),
+            "document_tokens_per_second": median(sum(each.tokens[timed]) / sum(each.seconds[timed]) for each in rounds),
+            "padded_over_real": sum(one.padded_tokens[timed]) / sum(one.tokens[timed]),
+            "peak_memory_bytes": median(each.peak_memory_bytes for each in rounds),
+            "phases": {name: median(each.phases[name] for each in rounds) for name in one.phases},
+            "ratio": median(self.rate(own) / self.rate(each) for own, each in zip(ours, rounds, strict=True)),
+            "rounds": [asdict(each) for each in rounds],
+        }
+
+
+def disagreement(ours: Measured, theirs: Measured) -> str | None:
+    """Why a peer has not done the same, or None."""
+    if ours.tokens != theirs.tokens:
+        read = [", ".join(map(str, each.tokens[:3])) for each in (theirs, ours)]
+        return f"it read {read[0]} document tokens a step, and lateforge {read[1]}"
+    first = ours.losses[0], theirs.losses[0]
+    if not abs(first[0] - first[1]) <= FIRST_LOSS:
+        return f"its loss of the first step is {first[1]:.6f}, and lateforge's {first[0]:.6f}"
+    return None
+
+
+def _run(command: list[str], variables: dict[str, str], name: str) -> None:
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise PeerError(f"{name} failed: {lines[-1] if lines else f'status {done.returncode}'}")
+
+
+def updated(readme: str, results: Path) -> str:
+    """The README with its region replaced; unchanged where it has none."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("step_*.json"))]
+    return before + BEGIN + "\n".join(map(table, records)) + END + after if begin and end else readme
+
+
+def table(record: dict[str, Any]) -> str:
+    """What was measured, as the README has it."""
+    options, found = record["options"], record["versions"]
+    lines = [
+        "| set | trainer | queries/s | ours over it | document tokens/s | computed / real | peak memory |",
+        "|---|---|---|---|---|---|---|",
+        *(line for name, each in record["sets"].items() for line in _rows(name, each)),
+        "",
+        f"| seconds of a step of ours | {' | '.join(record['sets'])} |",
+        f"|---|{'---|' * len(record['sets'])}",
+        *(
+            f"| {words} | {' | '.join(format(each['phases'][phase], '.3f') for each in record['sets'].values())} |"
+            for phase, words in PHASES.items()
+        ),
+        "",
+        f"({record['machine']}, {options['precision']}, batches of {options['batch_size']} pairs, documents of at most "
+        f"{options['document_length']} tokens, medians of {options['rounds']} rounds of {options['steps']} steps; "
+        + "; ".join(f"{name}: {_versions(own)}" for name, own in found.items())
+        + f"; commit {record['commit'][:7]}, {record['date']}: `{record['command']}`)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(name: str, measured: dict[str, Any]) -> Iterator[str]:
+    for trainer, own in measured["trainers"].items():
+        ratio = "" if trainer == OURS else f"{own['ratio']:.2f}x"
+        yield (
+            f"| {name} | {TRAINERS.get(trainer, trainer)} | {own['queries_per_second']:.2f} | {ratio} | "
+            f"{own['document_tokens_per_second']:,.0f} | {own['padded_over_real']:.2f} | "
+            f"{own['peak_memory_bytes'] / 2**20:,.0f} MiB |"
         )
-        values, _ = loss(score(batch, gather_pool(batch), width=WIDTH, maxsim_backend=maxsim))
-    accelerator.backward(values.mean())
-    if isinstance(encoder, GradCache):
-        encoder.replay(accelerator, [], synchronise=True)
+    for trainer, problem in measured["problems"].items():
+        yield f"| {name} | {TRAINERS[trainer]} | not compared: {problem.replace('|', '/')} | | | | |"
+
+
+def _versions(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 if __name__ == "__main__":
