@@ -15,6 +15,7 @@ cannot be compared.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -372,7 +373,7 @@ def print_queries(console: Console, rows: Sequence[dict[str, Any]], *, names: tu
         for name, _ in sides:
             for column in (f"{name}: token", "matches", "similarity"):
                 table.add_column(column, justify="right" if column == "similarity" else "left")
-        for line in zip_longest(*(found for _, found in sides)):
+        for line in zip_longest(*(shorten(found) for _, found in sides)):
             cells = [
                 (match["token"], match["document_token"], f"{match['similarity']:.3f}") if match else ("", "", "")
                 for match in line
@@ -383,6 +384,24 @@ def print_queries(console: Console, rows: Sequence[dict[str, Any]], *, names: tu
             table.add_row(*(cell for of_side in sums for cell in of_side), style="bold")
             console.print(table)
         console.print()
+
+
+def shorten(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The matches as a table shows them: those of repeated tokens without letters of their own, as the mask tokens that
+    fill a query up are, in one line with the sum of what they add."""
+    lines: list[dict[str, Any]] = []
+    counts = Counter(match["token"] for match in found)
+    summed: dict[str, dict[str, Any]] = {}
+    for match in found:
+        token = match["token"]
+        if counts[token] < 2 or not (token.startswith(("[", "<")) and token.endswith(("]", ">"))):
+            lines.append(match)
+        elif token in summed:
+            summed[token]["similarity"] += match["similarity"]
+        else:
+            summed[token] = match | {"token": f"{counts[token]} {token}", "document_token": ""}
+            lines.append(summed[token])
+    return lines
 
 
 def write(path: Path, options: Options, sides: Sequence[Side], comparisons: Sequence[dict[str, Any]]) -> None:

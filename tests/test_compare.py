@@ -170,6 +170,18 @@ def test_an_evaluation_is_loaded_as_its_result_says(runs: Path, tmp_path: Path) 
     assert ours["comparisons"][0]["queries"][0]["matches"][0]
 
 
+def test_the_tokens_that_fill_a_query_up_are_one_line() -> None:
+    found = [
+        {"token": token, "document_token": "cat", "similarity": similarity}
+        for token, similarity in (("[CLS]", 0.5), ("cat", 0.75), ("cat", 0.25), ("[MASK]", 0.5), ("[MASK]", 0.125))
+    ]
+    assert compare.shorten(found) == [
+        *found[:3],
+        {"token": "2 [MASK]", "document_token": "", "similarity": 0.625},
+    ]
+    assert found[3]["similarity"] == 0.5  # what is written keeps each
+
+
 def test_without_a_model_the_texts_are_shown_all_the_same(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

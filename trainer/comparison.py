@@ -150,6 +150,8 @@ def explain_groups(groups: Sequence[Group]) -> Iterator[str]:
             f"difference: to {groups[0].name}, over the queries, each scored by the mean over seeds; interval: paired "
             f"bootstrap; p: paired randomisation test, {RESAMPLES:,} drawings; Holm: over {len(groups) - 1} of them"
         )
+        if any(len(group.seeds) > 1 for group in groups):
+            yield "interval and p say how other queries might turn out; how other seeds might, sd"
     else:
         yield "one row: there is nothing to compare it to; sweep another key, as in head=linear,mlp"
     alone = [group.name for group in groups if len(group.seeds) == 1]

@@ -273,6 +273,7 @@ def test_the_table_shows_a_row_a_group(nine: Nine) -> None:
         "score: evaluation.metric of the last model, mean over seeds",
         "difference: to head=linear, over the queries, each scored by the mean over seeds; interval: paired bootstrap; "
         "p: paired randomisation test, 99,999 drawings; Holm: over 2 of them",
+        "interval and p say how other queries might turn out; how other seeds might, sd",
     ]
 
 
