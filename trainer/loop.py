@@ -27,6 +27,7 @@ from trainer.data.order import count_steps_per_epoch
 from trainer.data.retrieval import RetrievalSet
 from trainer.data.tables import TrainingSet, identity
 from trainer.display import ProgressDisplay, counting
+from trainer.dropout import fast_dropout
 from trainer.encoding import TrainedModel
 from trainer.evaluation import evaluate
 from trainer.metrics import QueryScores, join_sets, means
@@ -179,6 +180,7 @@ def train(
         ProgressDisplay(console, steps=steps, log_every_steps=config.trainer.log_every_steps) as progress,
         StopWish(progress.say) as wish,
         embedding_gradients_by_token(encoder, accelerator),
+        fast_dropout(encoder, accelerator.device),
         tracing(folder.path / TRACE if config.trainer.profile and accelerator.is_main_process else None) as trace,
     ):
         loaded, step_started = iter(loader), time.perf_counter()
