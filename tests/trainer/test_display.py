@@ -81,6 +81,12 @@ def test_a_run_without_evaluation_ends_without_scores(console: Console) -> None:
     assert printed(console) == ["", "model: run/model", "load it with:", "    one line"]
 
 
+def test_a_profile_is_a_line_at_the_end(console: Console) -> None:
+    nothing = dict.fromkeys(("before", "after", "change", "best"))
+    print_end(console, RESULT | nothing | {"phases": {"data": 0.0021, "loss": 0.5}}, loading="one line")
+    assert printed(console)[1] == "seconds of a step: wait for data 0.002, MaxSim and loss 0.500"
+
+
 def test_without_a_terminal_a_count_is_a_line_now_and_then(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -34,6 +34,7 @@ RESULT: dict[str, Any] = {
     "before": BEFORE,
     "after": AFTER,
     "change": {"metric": "ndcg@10", "change": 0.25, "low": 0.125, "high": 0.3125},
+    "phases": {"queries": 0.125, "backward": 0.5},
 }
 MADE: dict[str, Any] = {
     "command": "python train.py 'backbone.query_prefix=<q> '",
@@ -215,8 +216,9 @@ def test_titles_say_what_is_seen(finished: Path) -> None:
 def test_the_tables_are_those_of_the_run(finished: Path) -> None:
     page = Page.of(finished)
     lines = page.of_element("p")
-    assert lines[:3] == [
+    assert lines[:4] == [
         "Finished: 40 steps, 1,280 queries, 3 min 11 s in 1 process",
+        "Seconds of a step: encode queries 0.125, backward 0.500",
         "The best model is that of step 20: outputs/run/best",
         "Model: outputs/run/model",
     ]
