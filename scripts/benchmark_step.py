@@ -217,16 +217,20 @@ class Contest:
             write_layout(encoder, layout, folder / layout.name)
 
     def write_pairs(self, *, steps: int) -> None:
-        """As many pairs of the set as the steps take, in two files."""
-        wanted, pairs = steps * self.options.batch_size, dict[str, str]()
+        """As many pairs of the set as the steps take, in two files; no two of one document, which ours would not take
+        for a negative of its own query, and the peers would."""
+        wanted, pairs, seen = steps * self.options.batch_size, dict[str, str](), set[str]()
         for examples in load_data(compose_config(self.options.model, f"data={self.name}").data).sets:
             for row in range(len(examples)):
                 example = examples.example(row)
-                pairs.setdefault(example["query"], example["documents"][0])
+                query, positive = example["query"], example["documents"][0]
+                if query not in pairs and positive not in seen:
+                    pairs[query] = positive
+                    seen.add(positive)
                 if len(pairs) == wanted:
                     break
         if len(pairs) < wanted:
-            raise ConfigError(f"{self.name} has {len(pairs):,} different queries, and the steps take {wanted:,}")
+            raise ConfigError(f"{self.name} has {len(pairs):,} different pairs, and the steps take {wanted:,}")
         rows = [{"query": query, "positive": positive} for query, positive in pairs.items()]
         self.write("given.jsonl", rows)
         self.write_in_order(steps)
@@ -277,7 +281,7 @@ class Contest:
         seconds = [line["train/seconds"] for line in done]
         tokens = [round(line["train/document_tokens_per_second"] * line["train/seconds"]) for line in done]
         padding = [line["train/padding_fraction"] for line in done]
-        phases = [{name: line[f"train/seconds/{name}"] for name in PHASES} for line in done] if profile else []
+        phases = [{name: line.get(f"train/seconds/{name}", 0.0) for name in PHASES} for line in done] if profile else []
         untraced = phases[1 + TRACED_STEPS + 1 :] or phases
         result = json.loads((out / "run" / "result.json").read_text(encoding="utf-8"))
         return Measured(

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from architectures.export import Format
+from configs.schema import ConfigError
 from scripts import benchmark_step as benchmark
 from scripts import peer_trainer
 from scripts.benchmark_step import OURS, Contest, Measured, Options
 from scripts.peer_environments import PeerError
 from tests.conftest import WORDS
+from tests.trainer.made import to_set
+from trainer.data import Data
+from trainer.data.tables import with_texts
 from trainer.phases import PHASES
 
 pytestmark = pytest.mark.usefixtures("own_caches", "as_loud_as_before")
@@ -161,6 +165,21 @@ def test_the_peers_trainer_knows_nothing_of_lateforge() -> None:
     for package in ("architectures", "configs", "losses", "scripts", "trainer"):
         assert f"from {package}" not in source
         assert f"import {package}" not in source
+
+
+def test_no_two_pairs_have_one_query_or_one_document(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("what", "a cat"), ("what", "a dog"), ("which", "a cat"), ("that", "a fish"), ("is", "a dog")]
+    examples = to_set([with_texts(f"made:{row}", query, [text]) for row, (query, text) in enumerate(rows)])
+    monkeypatch.setattr(benchmark, "load_data", lambda config: Data([examples], {}))
+    monkeypatch.setattr(Contest, "write_in_order", lambda contest, steps: None)
+    contest = Contest(Options(model=str(tiny_bert), batch_size=3), "squad_sentences", tmp_path)
+    contest.write_pairs(steps=1)
+    written = [json.loads(line) for line in (tmp_path / "given.jsonl").read_text().splitlines()]
+    assert [tuple(row.values()) for row in written] == [rows[0], rows[3], rows[4]]
+    with pytest.raises(ConfigError, match="squad_sentences has 3 different pairs, and the steps take 6"):
+        contest.write_pairs(steps=2)
 
 
 def test_both_layouts_are_written(tiny_bert: Path, tmp_path: Path) -> None:
