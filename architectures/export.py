@@ -16,7 +16,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from transformers import PreTrainedTokenizerBase
 
-from architectures.heads import as_dense, describe_extras, head_of, is_linear, portable, replace_head
+from architectures.heads import as_dense, backbone_of, describe_extras, head_of, is_linear, portable, replace_head
 from architectures.projection import Projection
 from architectures.weights import positions_of
 
@@ -117,8 +117,7 @@ def runs_own_code(encoder: MultiVectorEncoder, layout: Format | None = None) -> 
 
 
 def _parts(encoder: MultiVectorEncoder) -> tuple[Transformer, PreTrainedTokenizerBase, MultiVectorMask]:
-    transformer, mask = encoder[0], next(module for module in encoder if isinstance(module, MultiVectorMask))
-    assert isinstance(transformer, Transformer), "build_encoder puts the backbone first"
+    transformer, mask = backbone_of(encoder), next(module for module in encoder if isinstance(module, MultiVectorMask))
     assert transformer.tokenizer is not None, "a text backbone has a tokenizer"
     return transformer, transformer.tokenizer, mask
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from architectures.heads import build_head, head_of
+from architectures.heads import backbone_of, build_head, head_of
 from architectures.layouts import PROJECTION, Checkpoint, Layout, read_checkpoint
 from architectures.projection import Projection
 from configs.schema import Attention, BackboneConfig, ConfigError, HeadConfig
@@ -48,9 +48,8 @@ def build_encoder(
     checkpoint = checkpoint or read_checkpoint(backbone)
     asked, backbone = backbone, checkpoint.settings
     loaded = _load(checkpoint)
-    transformer = loaded[0]
+    transformer = backbone_of(loaded)
     mask = next((module for module in loaded if isinstance(module, MultiVectorMask)), MultiVectorMask())
-    assert isinstance(transformer, Transformer), "the loader puts the backbone first"
     tokenizer = transformer.tokenizer
     assert tokenizer is not None, "a text backbone has a tokenizer"
     # Where positions are absolute, padding before a text would move it.
@@ -123,8 +122,7 @@ def _load(checkpoint: Checkpoint) -> MultiVectorEncoder:
         if not backbone.allow_pickle and "model.safetensors" in reason:
             remedy += " If its weights are pickles alone, backbone.allow_pickle=true reads their tensors."
         raise ConfigError(f"{problem}: {remedy}") from error
-    transformer = loaded[0]
-    assert isinstance(transformer, Transformer), "the loader puts the backbone first"
+    transformer = backbone_of(loaded)
     missing = _not_loaded(transformer.model)
     if missing:
         raise ConfigError(

@@ -1,10 +1,11 @@
 """Build the projection head, cut a trained one to a width, and fold one without activations into one map."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from sentence_transformers import MultiVectorEncoder
-from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from torch import Tensor, nn
 
@@ -17,6 +18,13 @@ DEFAULT_WIDTH = 128
 ELEMENTWISE = {activation.value for activation in Activation}
 
 HeadModule = Dense | Projection
+
+
+def backbone_of(encoder: MultiVectorEncoder) -> Transformer:
+    """The module with the backbone, which stands first."""
+    backbone = encoder[0]
+    assert isinstance(backbone, Transformer), "build_encoder puts the backbone first"
+    return cast(Transformer, backbone)
 
 
 def head_of(encoder: MultiVectorEncoder) -> list[HeadModule]:

@@ -19,7 +19,6 @@ LATEFORGE_DATA names the folder of the sets.
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -37,14 +36,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from architectures.export import Format, write_layout
-from configs.schema import ConfigError, Precision, explain
+from configs.schema import ConfigError, Precision
 from scripts.machine import commit, processor
 from scripts.models import build_model, compose_config
-from scripts.peer_environments import PEERS, PeerError, install, python_of, variables_of
-from scripts.peer_trainer import versions
+from scripts.options import read_options
+from scripts.peer_environments import (
+    NEIGHBOURS,
+    PEERS,
+    PeerError,
+    install,
+    python_of,
+    run,
+    variables_of,
+    versions,
+    versions_of,
+)
+from scripts.regions import with_region
 from trainer.console import fail
 from trainer.data import load_data
 from trainer.loop import build_batches
@@ -110,12 +119,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> Options:
     """Raises ConfigError for an argument that cannot be."""
-    try:
-        given = OmegaConf.from_dotlist(list(arguments))
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
-    assert isinstance(options, Options)
+    options = read_options(Options, OmegaConf.from_dotlist(list(arguments)))
     unknown = [name for name in options.peers if name not in TRAINERS]
     problems = {
         f"peers={unknown} are none: give some of {', '.join(TRAINERS)}": bool(unknown),
@@ -275,7 +279,8 @@ class Contest:
             keys.append("trainer.chunk_tokens=16384")
         variables = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         variables |= {} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-        _run([sys.executable, str(ROOT / "train.py"), *keys], os.environ | variables, OURS)
+        command = [sys.executable, str(ROOT / "train.py"), *keys]
+        run(command, f"{OURS} failed", cwd=ROOT, variables=os.environ | variables)
         lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         done = [line for line in lines if "train/loss" in line]
         seconds = [line["train/seconds"] for line in done]
@@ -291,7 +296,7 @@ class Contest:
             padded_tokens=[round(own / (1 - share)) for own, share in zip(tokens, padding, strict=True)],
             phases={name: median(each[name] for each in untraced) for name in PHASES} if profile else {},
             peak_memory_bytes=result["peak_memory_bytes"],
-            versions=versions(),
+            versions=versions(NEIGHBOURS, sys.path),
         )
 
     def train_peer(self, trainer: str, weights: Path, out: Path, steps: int) -> Measured:
@@ -311,18 +316,21 @@ class Contest:
             "result": str(out / "result.json"),
         }
         python, variables = Path(sys.executable), os.environ | {"HF_HUB_OFFLINE": "1"}
+        installed = versions(NEIGHBOURS, sys.path)
         if trainer == "pylate":
             environment = Path(options.environments).absolute() / "pylate"
             python, variables = python_of(environment), variables_of(environment)
+            installed = versions_of(environment, PEERS[trainer].package)
         if options.device == "cuda":
             variables.pop("CUDA_VISIBLE_DEVICES", None)
         else:
             variables["CUDA_VISIBLE_DEVICES"] = ""
-        _run([str(python), str(TRAINER), json.dumps(task)], variables, TRAINERS[trainer])
+        command = [str(python), str(TRAINER), json.dumps(task)]
+        run(command, f"{TRAINERS[trainer]} failed", cwd=ROOT, variables=variables)
         found = json.loads((out / "result.json").read_text(encoding="utf-8"))
         timed = found["phases"][options.warmup :] or found["phases"]
         found["phases"] = {name: sum(each[name] for each in timed) / len(timed) for name in timed[0]}
-        return Measured(**found)
+        return Measured(**found, versions=installed)
 
     def rate(self, measured: Measured) -> float:
         """Queries a second of the timed steps."""
@@ -355,19 +363,10 @@ def disagreement(ours: Measured, theirs: Measured) -> str | None:
     return None
 
 
-def _run(command: list[str], variables: dict[str, str], name: str) -> None:
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise PeerError(f"{name} failed: {lines[-1] if lines else f'status {done.returncode}'}")
-
-
 def updated(readme: str, results: Path) -> str:
     """The README with its region replaced; unchanged where it has none."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("step_*.json"))]
-    return before + BEGIN + "\n".join(map(table, records)) + END + after if begin and end else readme
+    return with_region(readme, BEGIN, END, "\n".join(map(table, records)))
 
 
 def table(record: dict[str, Any]) -> str:

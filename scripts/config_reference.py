@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 from docstring_parser import parse_from_object
 
 from configs.schema import Config
+from scripts.regions import with_region
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- config reference -->\n", "<!-- end of config reference -->\n"
@@ -40,9 +41,7 @@ def reference(node: type = Config, prefix: str = "") -> Iterator[str]:
 
 def updated(readme: str) -> str:
     """The README with its reference replaced by the schema's."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + "\n".join(reference()) + "\n" + END + after
+    return with_region(readme, BEGIN, END, "\n".join(reference()) + "\n")
 
 
 def _type(hint: Any) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.maxsim_contestants import CONTESTANTS, FORWARD, GRADIENTS_LIMIT, SCORES_LIMIT
+from scripts.regions import with_region
 
 BEGIN, END = "<!-- maxsim table -->\n", "<!-- end of maxsim table -->\n"
 NOT_YET = "Not yet measured: no GPU has run it. The command: make gpu.\n"
@@ -13,9 +14,7 @@ NOT_YET = "Not yet measured: no GPU has run it. The command: make gpu.\n"
 
 def updated(readme: str, results_folder: Path) -> str:
     """The README with its region replaced; unchanged where it has none."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return before + BEGIN + table(results_folder) + END + after if begin and end else readme
+    return with_region(readme, BEGIN, END, table(results_folder))
 
 
 def table(results_folder: Path) -> str:

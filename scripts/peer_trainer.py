@@ -5,7 +5,7 @@
 Nothing of lateforge is imported. library: st or pylate; model: a folder in its layout; pairs: JSON lines of query and
 positive, batch after batch; batch_size, learning_rate, weight_decay and device: as the names say; threads: of torch.
 result: the JSON file that receives, a step each, seconds, loss, document tokens, those padded, and seconds by phase;
-and the peak memory and the versions.
+and the peak memory.
 """
 
 import json
@@ -13,7 +13,7 @@ import resource
 import sys
 import tempfile
 import time
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import TrainerCallback
-
-PACKAGES = ("torch", "transformers", "sentence-transformers", "pylate", "accelerate")
 
 
 class Clock(TrainerCallback):
@@ -155,20 +153,8 @@ def main(task: dict[str, Any]) -> None:
         "padded_tokens": collator.padded[: task["steps"]],
         "phases": clock.phases,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if task["device"] == "cuda" else peak,
-        "versions": versions(),
     }
     Path(task["result"]).write_text(json.dumps(measured), encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Of what is installed here."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from sentence_transformers import MultiVectorEncoder
-from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from architectures.heads import backbone_of
 
 ATTENTION = "lateforge_dropout"
 LEVELS = 2**16
@@ -69,9 +70,7 @@ def attention(
 @contextmanager
 def fast_dropout(encoder: MultiVectorEncoder, device: torch.device) -> Iterator[None]:
     """Let an encoder that trains on a CPU drop activations by this file."""
-    transformer = encoder[0]
-    assert isinstance(transformer, Transformer), "the factory puts the backbone first"
-    model = transformer.model
+    model = backbone_of(encoder).model
     modules = [module for module in encoder.modules() if type(module) is nn.Dropout]
     if device.type != "cpu" or not any(module.p for module in modules):
         yield

@@ -16,15 +16,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from sentence_transformers import MultiVectorEncoder
-from sentence_transformers.base.modules import Transformer
 from torch.utils.data import DataLoader
 
+from architectures.heads import backbone_of
 from configs.schema import Config
 from losses.factory import Loss
 from trainer.checkpoint import TrainState, UnreadableCheckpoint, gather_random_states, set_random_state
 from trainer.data.batches import Batch, StepBatches
 from trainer.data.order import count_steps_per_epoch
-from trainer.data.retrieval import RetrievalSet
+from trainer.data.retrieval import RetrievalSet, queries_of
 from trainer.data.tables import TrainingSet, identity
 from trainer.display import ProgressDisplay, counting
 from trainer.dropout import fast_dropout
@@ -96,12 +96,11 @@ def build_batches(
 def build_model(encoder: MultiVectorEncoder, loss: Loss, config: Config) -> TrainedModel:
     """What is trained, as one module."""
     if config.trainer.gradient_checkpointing:
-        transformer = encoder[0]
-        assert isinstance(transformer, Transformer), "the factory puts the backbone first"
+        backbone = backbone_of(encoder).model
         # The name from transformers 5.23 on, which 5.0 does not know, and 6 will not know the old one.
-        enable = getattr(transformer.model, "activation_checkpointing_enable", None)
+        enable = getattr(backbone, "activation_checkpointing_enable", None)
         # Not the reentrant kind: it breaks under DistributedDataParallel, and where the embeddings are frozen.
-        (enable or transformer.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        (enable or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
     return TrainedModel(encoder, loss.learnt)
 
 
@@ -155,7 +154,7 @@ def train(
         several = of_sets if len(of_sets) > 1 else {}
         return means(scores) | {f"{name}/{watched}": means(own)[watched] for name, own in several.items()}
 
-    asked = [text for each in evaluation.values() for text in each.queries.values()]
+    asked = queries_of(evaluation)
     evaluation_id = identity("\n".join(asked)) if asked else 0
     if done.step > 0 and done.evaluation_id != evaluation_id:
         raise TrainingError(

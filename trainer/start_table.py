@@ -14,7 +14,7 @@ from losses.factory import Loss
 from losses.maxsim import kernel_obstacle
 from trainer.data import Data
 from trainer.data.batches import Batch, StepBatches
-from trainer.data.check import data_warnings, describe_evaluation, describe_set, sample
+from trainer.data.check import data_warnings, describe_evaluation, describe_set, evaluation_size, sample
 from trainer.data.order import count_steps_per_epoch
 from trainer.data.tables import IntArray, TrainingSet, column
 from trainer.loop import count_steps
@@ -34,11 +34,12 @@ def describe_run(
     processes = accelerator.num_processes
     each = f"{micro_batch // processes}" if micro_batch % processes == 0 else f"about {micro_batch / processes:.1f}"
     evaluation = "none: data.evaluation_fraction holds out no example"
-    if scored := data.evaluation.values():
-        queries, documents = (sum(len(getattr(each, side)) for each in scored) for side in ("queries", "corpus"))
+    if data.evaluation:
+        queries, documents = evaluation_size(data.evaluation)
         evaluation = f"{queries:,} queries, {documents:,} documents"
         if own := [name for name, each in data.evaluation.items() if each.candidates is not None]:
-            evaluation += ", each query's own re-ranked" + (f" of {', '.join(own)}" if len(own) < len(scored) else "")
+            only_some = f" of {', '.join(own)}" if len(own) < len(data.evaluation) else ""
+            evaluation += f", each query's own re-ranked{only_some}"
     steps = count_steps(config, data.size)
     reasons = [kernel_obstacle(**each) for each in maxsim_inputs(config, accelerator.device, encoder)]
     reason = next(filter(None, reasons), None)

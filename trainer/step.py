@@ -6,9 +6,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from accelerate import Accelerator
 from sentence_transformers import MultiVectorEncoder
-from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 
+from architectures.heads import backbone_of
 from losses.factory import Loss
 from trainer.data.batches import Batch
 from trainer.encoding import TrainedModel, encode_batch
@@ -68,9 +68,7 @@ def compute_gradient(
 def embedding_gradients_by_token(encoder: MultiVectorEncoder, accelerator: Accelerator) -> Iterator[None]:
     """Keep the gradient of the token embeddings by token until `compute_gradient` has seen a step's last chunk, in one
     process on a CPU: as a matrix of the whole vocabulary, each chunk of a thousand tokens would write and add 50 MB."""
-    transformer = encoder[0]
-    assert isinstance(transformer, Transformer), "the factory puts the backbone first"
-    embedding = transformer.model.get_input_embeddings()
+    embedding = backbone_of(encoder).model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding) or accelerator.device.type != "cpu" or accelerator.num_processes > 1:
         yield
         return

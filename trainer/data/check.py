@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from configs.schema import Config
 from trainer.data import Data
-from trainer.data.retrieval import RetrievalSet
+from trainer.data.retrieval import RetrievalSet, queries_of
 from trainer.data.scores import is_one_hot
 from trainer.data.tables import IntArray, TrainingSet, column, normalised, sorted_pairs
 
@@ -22,7 +22,7 @@ MUCH_IS_CUT = {"query": 0.05, "document": 0.5}
 def data_warnings(sets: Sequence[TrainingSet], evaluation: Mapping[str, RetrievalSet]) -> Iterator[str]:
     """What was left out, what stands twice, and training queries that the evaluation asks as well; in words, each with
     its count."""
-    queries = [text for each in evaluation.values() for text in each.queries.values()]
+    queries = queries_of(evaluation)
     for examples in sets:
         yield from examples.warnings
         repeated = _repeated(examples)
@@ -155,12 +155,17 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
 
 
+def evaluation_size(evaluation: Mapping[str, RetrievalSet]) -> tuple[int, int]:
+    """Queries and documents of all sets."""
+    return sum(len(each.queries) for each in evaluation.values()), sum(len(each.corpus) for each in evaluation.values())
+
+
 def describe_evaluation(evaluation: Mapping[str, RetrievalSet]) -> dict[str, str]:
     """What the model is scored on."""
     if not evaluation:
         return {"evaluation": "none"}
     sets = evaluation.values()
-    queries, documents = (sum(len(getattr(each, side)) for each in sets) for side in ("queries", "corpus"))
+    queries, documents = evaluation_size(evaluation)
     judged = sum(len(grades) for each in sets for grades in each.judgements.values())
     without = sum(len(each.queries.keys() - each.judgements) for each in sets)
     return {

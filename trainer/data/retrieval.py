@@ -1,5 +1,6 @@
 """A retrieval set: queries, a corpus, and which documents answer which query."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -85,3 +86,8 @@ class RetrievalSet:
             judgements={query: dict(zip(own, TEACHER_GRADES, strict=False)) for query, own in candidates.items()},
             candidates=candidates,
         )
+
+
+def queries_of(sets: Mapping[str, RetrievalSet]) -> list[str]:
+    """The texts of the queries of all sets."""
+    return [text for each in sets.values() for text in each.queries.values()]

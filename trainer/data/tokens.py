@@ -10,7 +10,7 @@ from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -23,6 +23,7 @@ from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor
 
+from architectures.heads import backbone_of
 from configs.schema import ConfigError
 from trainer.data.tables import IntArray, column
 
@@ -163,7 +164,7 @@ def tokenized(
 def at_length(encoder: MultiVectorEncoder, task: Task, length: int | None) -> Iterator[None]:
     """Let the encoder cut the texts of a side at this length, and fill queries up to it where it expands them; None is
     its own."""
-    transformer = _transformer(encoder)
+    transformer = backbone_of(encoder)
     kept = transformer.query_length, transformer.document_length, transformer.query_expansion
     try:
         if length is not None and task == "document":
@@ -182,18 +183,12 @@ def at_length(encoder: MultiVectorEncoder, task: Task, length: int | None) -> It
 @contextmanager
 def _side_by_side(encoder: MultiVectorEncoder) -> Iterator[Transformer]:
     """The encoder's first module, which does not put its texts into one row meanwhile."""
-    transformer = _transformer(encoder)
+    transformer = backbone_of(encoder)
     flattens, transformer.can_flatten_inputs = transformer.can_flatten_inputs, False
     try:
         yield transformer
     finally:
         transformer.can_flatten_inputs = flattens
-
-
-def _transformer(encoder: MultiVectorEncoder) -> Transformer:
-    transformer = encoder[0]
-    assert isinstance(transformer, Transformer), "the factory puts the backbone first"
-    return cast(Transformer, transformer)
 
 
 def _kept_at(texts: Dataset, rows: IntArray | None, transformer: Transformer, options: list[Any]) -> Path:
