@@ -440,6 +440,9 @@ class TrainerConfig:
     chunk_tokens: int
     """Texts of a batch are sorted by length and encoded in chunks of at most this many tokens, padding included; read
     where cache_tokens is null."""
+    pack: bool
+    """Put the texts of a chunk into one row without padding, where the first step shows that their vectors stay the
+    same; false pads each to the longest of its chunk."""
     cache_tokens: int | None
     """Keep activations of one chunk at a time, of at most this many tokens, and encode each a second time for its
     gradient (GradCache): the same gradient in the memory of a chunk. null keeps those of the whole micro-batch."""

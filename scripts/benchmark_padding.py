@@ -1,11 +1,12 @@
-"""How much of a batch is padding, and what that costs: four ways to lay the same texts side by side.
+"""How much of a batch is padding, and what that costs: five ways to lay the same texts side by side.
 
     python -m scripts.benchmark_padding [sets=lfrqa,medquad,squad_sentences,python_functions] [batch_size=32]
                                         [document_length=180] [steps=100] [timed=6] [rounds=3]
 
 The ways are: every document padded to document_length (cap), to the longest of its batch (longest), to the longest of
-its chunk of trainer.chunk_tokens (chunks, the default), and chunks of batches of like lengths (windows,
-data.length_window=50). All but the last have the same examples. `padded/real` is computed tokens of documents over real
+its chunk of trainer.chunk_tokens (chunks, trainer.pack=false), chunks of batches of like lengths (windows,
+data.length_window=50), and one behind the other without padding (rows, the default). All but the windows have the same
+examples. `padded/real` is computed tokens of documents over real
 ones, of the first steps of the first epoch. `queries/s` is the rate of the training step with
 all-MiniLM-L6-v2 on the CPU: of timed= batches, in the middle of as many equal ranges of the steps from the shortest to
 the longest, each way in turn, the median of the rounds; timed=0 leaves it out.
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import datasets
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from sentence_transformers import MultiVectorEncoder
 from torch import Tensor
@@ -45,10 +47,11 @@ from trainer.data import load_data
 from trainer.data.batches import Batch, StepBatches
 from trainer.data.order import bounds
 from trainer.data.tokens import TokenizedTexts
+from trainer.dropout import fast_dropout
 from trainer.loop import build_batches, build_model
 from trainer.optim import build_optimizer, freeze
 from trainer.plan import build_accelerator, check_batch, choose_maxsim
-from trainer.step import compute_gradient
+from trainer.step import compute_gradient, embedding_gradients_by_token
 
 WINDOW = 50
 SETS = ("lfrqa", "medquad", "squad_sentences", "python_functions")
@@ -113,18 +116,21 @@ def rows(name: str, config: Config, *, steps: int, timed: int, rounds: int) -> I
     rates = {way.name: "-" for way in ways}
     if timed:
         taken = {way.name: spread(way, steps, timed) for way in ways}
-        rates = {key: f"{rate:.1f}" for key, rate in measure(build_step(config, encoder), ways, taken, rounds).items()}
+        accelerator = build_accelerator(config)
+        with embedding_gradients_by_token(encoder, accelerator), fast_dropout(encoder, accelerator.device):
+            measured = measure(build_step(config, encoder, accelerator), ways, taken, rounds)
+        rates = {key: f"{rate:.1f}" for key, rate in measured.items()}
     for way in ways:
         yield f"| {name} | {way.name} | {ratio(way, steps):.2f} | {rates[way.name]} |"
 
 
 def build_ways(config: Config, encoder: MultiVectorEncoder) -> list[Way]:
-    """The four ways to lay the documents of a training set."""
+    """The five ways to lay the documents of a training set."""
     accelerator, data = build_accelerator(config), load_data(config.data)
     check_batch(config, data, accelerator.num_processes)
 
-    def batches(**keys: Any) -> StepBatches:
-        changed = replace(config, data=replace(config.data, **keys))
+    def batches(*, pack: bool = False, **keys: Any) -> StepBatches:
+        changed = replace(config, data=replace(config.data, **keys), trainer=replace(config.trainer, pack=pack))
         return build_batches(changed, data.sets, encoder, accelerator)
 
     cap = config.data.document_length or config.backbone.document_length
@@ -140,6 +146,7 @@ def build_ways(config: Config, encoder: MultiVectorEncoder) -> list[Way]:
         Way("longest", in_order, padded_to(None)),
         Way("chunks", in_order),
         Way("windows", in_windows),
+        Way("rows", batches(pack=True)),
     ]
 
 
@@ -182,9 +189,8 @@ def spread(way: Way, steps: int, wanted: int) -> list[int]:
     return [rising[(start + stop) // 2] for start, stop in ranges]
 
 
-def build_step(config: Config, encoder: MultiVectorEncoder) -> Step:
+def build_step(config: Config, encoder: MultiVectorEncoder, accelerator: Accelerator) -> Step:
     """What trainer/loop.py does of a step, without logging."""
-    accelerator = build_accelerator(config)
     maxsim = choose_maxsim(config, accelerator.device, encoder)
     loss = build_loss(config.loss, width=encoder.get_embedding_dimension() or 0, maxsim=maxsim)
     freeze(encoder, loss.learnt, config.optimizer)

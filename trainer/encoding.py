@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from losses.batch import EncodedBatch
 from trainer.data.batches import Batch
 from trainer.data.tokens import TokenizedTexts
+from trainer.packing import TextBounds
 from trainer.phases import Phases
 
 Encode = Callable[..., dict[str, Any]]
@@ -54,11 +55,32 @@ def encode_texts(encoder: Encode, texts: TokenizedTexts, device: torch.device, *
     """Return vectors (N, J, H) and scoring mask (N, J) in the order in which the texts were given."""
     outputs = [encoder(_to(chunk, device), task=task) for chunk in texts.chunks]
     vectors = [output["token_embeddings"] for output in outputs]
-    rows = list(texts.order.to(device).split([len(part) for part in vectors]))
-    longest = max(part.shape[1] for part in vectors)
-    joined: Tensor = _Join.apply(rows, longest, *vectors)
-    mask: Tensor = _Join.apply(rows, longest, *(output["attention_mask"].bool() for output in outputs))
+    rows = texts.order.split([_count(chunk) for chunk in texts.chunks])
+    places = [_places(part, chunk, device) for part, chunk in zip(rows, texts.chunks, strict=True)]
+    shape = len(texts.order), max(_longest(chunk) for chunk in texts.chunks)
+    joined: Tensor = _Join.apply(places, shape, *vectors)
+    masks = (output["attention_mask"].bool().view(own.shape[:2]) for output, own in zip(outputs, vectors, strict=True))
+    mask: Tensor = _Join.apply(places, shape, *masks)
     return joined, mask
+
+
+def _count(chunk: dict[str, Any]) -> int:
+    return len(chunk["bounds"].lengths) if "bounds" in chunk else len(chunk["input_ids"])
+
+
+def _longest(chunk: dict[str, Any]) -> int:
+    return int(chunk["bounds"].longest if "bounds" in chunk else chunk["input_ids"].shape[1])
+
+
+def _places(texts: Tensor, chunk: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which text, of those given, each token of a chunk is of, and its place there; both broadcast to the tokens."""
+    if "bounds" in chunk:
+        lengths = chunk["bounds"].lengths
+        rows = texts.repeat_interleave(torch.tensor(lengths))[None]
+        columns = torch.cat([torch.arange(length) for length in lengths])[None]
+    else:
+        rows, columns = texts[:, None], torch.arange(_longest(chunk))[None]
+    return rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
 
 
 class _Join(torch.autograd.Function):
@@ -68,22 +90,26 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: list[Tensor], longest: int, *chunks: Tensor) -> Tensor:
-        ctx.places = [(part, chunk.shape[1]) for part, chunk in zip(rows, chunks, strict=True)]
-        joined = chunks[0].new_zeros(sum(map(len, chunks)), longest, *chunks[0].shape[2:])
-        for chunk, (part, tokens) in zip(chunks, ctx.places, strict=True):
-            joined[part, :tokens] = chunk
+    def forward(ctx: Any, places: list[tuple[Tensor, Tensor]], shape: tuple[int, int], *chunks: Tensor) -> Tensor:
+        ctx.places = places
+        joined = chunks[0].new_zeros(*shape, *chunks[0].shape[2:])
+        for chunk, (rows, columns) in zip(chunks, places, strict=True):
+            joined[rows, columns] = chunk
         return joined
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(gradient[part, :tokens] for part, tokens in ctx.places)
+        return None, None, *(gradient[rows, columns] for rows, columns in ctx.places)
 
 
 def _to(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A copy, since modules write their outputs into the features they get."""
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        name: value.to(device, non_blocking=True)
+        if isinstance(value, Tensor)
+        else value.to(device)
+        if isinstance(value, TextBounds)
+        else value
         for name, value in features.items()
     }

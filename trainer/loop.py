@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from architectures.heads import backbone_of
 from configs.schema import Config
 from losses.factory import Loss
+from trainer.attention import use_own_attention
 from trainer.checkpoint import TrainState, UnreadableCheckpoint, gather_random_states, set_random_state
 from trainer.data.batches import Batch, StepBatches
 from trainer.data.order import count_steps_per_epoch
@@ -32,6 +33,7 @@ from trainer.encoding import TrainedModel
 from trainer.evaluation import evaluate
 from trainer.metrics import QueryScores, join_sets, means
 from trainer.optim import build_optimizer, build_schedule, learning_rates
+from trainer.packing import first_position, packing_obstacle
 from trainer.phases import PHASES, Phases, tracing
 from trainer.run_folder import BEST, MODEL, SCORES, SCORES_BEFORE, TRACE, RunFolder
 from trainer.significance import change_interval
@@ -79,8 +81,11 @@ def count_steps(config: Config, examples: int) -> int:
 def build_batches(
     config: Config, sets: Sequence[TrainingSet], encoder: MultiVectorEncoder, accelerator: Accelerator
 ) -> StepBatches:
-    """What this process has of each step; all texts are tokenised first, or their tokens are an earlier run's."""
-    return StepBatches(
+    """What this process has of each step; all texts are tokenised first, or their tokens are an earlier run's.
+
+    Texts are padded where trainer.pack is false, or the encoder makes other vectors of the first step's without.
+    """
+    batches = StepBatches(
         sets,
         encoder,
         config=config.data,
@@ -91,6 +96,12 @@ def build_batches(
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
+    use_own_attention(encoder)
+    batches.first_position = first_position(encoder)
+    batches.padded_because = "trainer.pack=false"
+    if config.trainer.pack:
+        batches.padded_because = packing_obstacle(encoder, batches[0][0].documents, accelerator)
+    return batches
 
 
 def build_model(encoder: MultiVectorEncoder, loss: Loss, config: Config) -> TrainedModel:

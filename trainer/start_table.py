@@ -69,6 +69,7 @@ def describe_run(
         "documents a query": _documents(available, others),
         "negatives a query": _negatives(config.loss, others, micro_batch, processes),
         "chunks": f"{queries} of queries and {documents} of documents a step and process, {kept}",
+        "padding": f"to the longest of a chunk: {batches.padded_because}" if batches.padded_because else "none",
         "synchronisations": f"1 a step, of {_size(gradients)} of gradients" if processes > 1 else "none, one process",
         "loss": _loss(loss),
         "scores": _scores(micro_batches, loss, processes),

@@ -12,6 +12,9 @@ from sentence_transformers import MultiVectorEncoder
 
 from architectures.factory import build_encoder
 from configs.schema import Config
+from tests.checkpoints import gemma, modernbert, xlm_roberta
+
+__all__ = ["gemma", "modernbert", "xlm_roberta"]
 
 
 @pytest.fixture

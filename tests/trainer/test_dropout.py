@@ -1,14 +1,11 @@
-"""Dropout on a CPU: the share that it drops, its gradient, and attention against torch's."""
-
-from typing import Any
+"""Dropout on a CPU: the share that it drops, its gradient, and when an encoder has it."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from sentence_transformers import MultiVectorEncoder
 from torch import nn
 
-from trainer.dropout import FastDropout, attention, drop, fast_dropout
+from trainer.dropout import FastDropout, drop, fast_dropout
 
 CPU = torch.device("cpu")
 
@@ -44,31 +41,6 @@ def test_the_draw_is_that_of_torchs_generator_and_the_gradient_is_the_mask() -> 
     assert torch.equal(gradient * values, first)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_is_torchs_but_for_what_is_dropped(masked: bool) -> None:
-    torch.manual_seed(2)
-    query, key, value = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64).unbind()
-    mask = torch.rand(2, 1, 5, 5) > 0.4 if masked else None
-    if mask is not None:
-        mask[..., 0] = True
-    module: Any = nn.Module()
-    module.is_causal = False
-    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3).transpose(1, 2)
-    for nearly_none in (0.0, 1e-9):  # the first is torch's own, the second ours
-        ours, _ = attention(module, query, key, value, mask, dropout=nearly_none, scaling=0.3)
-        torch.testing.assert_close(ours, expected)
-    several = torch.stack(
-        [attention(module, query, key, value, mask, dropout=0.2, scaling=0.3)[0] for _ in range(4000)]
-    )
-    assert not torch.equal(several[0], several[1])
-    torch.testing.assert_close(several.mean(dim=0), expected, atol=0.06, rtol=0)
-
-
-def attention_of(encoder: MultiVectorEncoder) -> str:
-    transformer: Any = encoder[0]
-    return str(transformer.model.config._attn_implementation)
-
-
 def dropouts(encoder: MultiVectorEncoder) -> set[type]:
     return {type(module) for module in encoder.modules() if isinstance(module, nn.Dropout)}
 
@@ -76,13 +48,13 @@ def dropouts(encoder: MultiVectorEncoder) -> set[type]:
 def test_an_encoder_has_it_while_it_trains_alone(encoder: MultiVectorEncoder) -> None:
     before = encoder.encode_document(["a cat, a dog."])[0]
     with fast_dropout(encoder, CPU):
-        assert (attention_of(encoder), dropouts(encoder)) == ("lateforge_dropout", {FastDropout})
+        assert dropouts(encoder) == {FastDropout}
         assert torch.equal(encoder.encode_document(["a cat, a dog."])[0], before)
         features = encoder.preprocess(["a cat", "a dog that barks"], task="document")
         encoder.train()
         drawn = [encoder(dict(features), task="document")["token_embeddings"] for _ in range(2)]
         assert not torch.equal(*drawn)
-    assert (attention_of(encoder), dropouts(encoder)) == ("sdpa", {nn.Dropout})
+    assert dropouts(encoder) == {nn.Dropout}
 
 
 def test_an_encoder_is_as_it_was_where_training_fails(encoder: MultiVectorEncoder) -> None:
@@ -92,12 +64,4 @@ def test_an_encoder_is_as_it_was_where_training_fails(encoder: MultiVectorEncode
 
     with pytest.raises(ValueError, match=r"^$"):
         fail()
-    assert (attention_of(encoder), dropouts(encoder)) == ("sdpa", {nn.Dropout})
-
-
-def test_an_encoder_that_drops_nothing_stays_as_it_is(encoder: MultiVectorEncoder) -> None:
-    for module in encoder.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    with fast_dropout(encoder, CPU):
-        assert (attention_of(encoder), dropouts(encoder)) == ("sdpa", {nn.Dropout})
+    assert dropouts(encoder) == {nn.Dropout}

@@ -756,11 +756,11 @@ def test_the_result_says_what_the_run_did(encoder: MultiVectorEncoder, make_conf
     json.dumps(result, allow_nan=False)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 999])
+@pytest.mark.parametrize(("chunk_tokens", "pack"), [(1, "false"), (999, "false"), (999, "true")])
 def test_rates_and_padding_are_those_of_the_documents(
-    chunk_tokens: int, encoder: MultiVectorEncoder, make_config: MakeConfig
+    chunk_tokens: int, pack: str, encoder: MultiVectorEncoder, make_config: MakeConfig
 ) -> None:
-    config = make_config(*OVERRIDES, f"trainer.chunk_tokens={chunk_tokens}")
+    config = make_config(*OVERRIDES, f"trainer.chunk_tokens={chunk_tokens}", f"trainer.pack={pack}")
     ours = run(encoder, config)
     all_tokens = all_padded = 0
     for step, line in enumerate(ours.metrics[1:], start=1):
@@ -769,7 +769,7 @@ def test_rates_and_padding_are_those_of_the_documents(
         encoded = encoder.tokenizer(["[D] " + text for text in documents], truncation=True, max_length=16)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         tokens = sum(lengths)
-        padded = tokens if chunk_tokens == 1 else len(lengths) * max(lengths)
+        padded = tokens if chunk_tokens == 1 or pack == "true" else len(lengths) * max(lengths)
         assert line["train/padding_fraction"] == pytest.approx(1 - tokens / padded, abs=1e-12)
         assert line["train/document_tokens_per_second"] * line["train/seconds"] == pytest.approx(tokens, rel=1e-9)
         assert line["train/queries_per_second"] * line["train/seconds"] == pytest.approx(len(rows), rel=1e-9)

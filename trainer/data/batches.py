@@ -14,6 +14,7 @@ from configs.schema import DataConfig, Draw, MixedBatch
 from trainer.data.order import Order, Place, bounds
 from trainer.data.tables import IntArray, TrainingSet, sorted_pairs
 from trainer.data.tokens import TokenizedTexts, TokenTable, tokenized
+from trainer.packing import pack_texts
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
         self.seed = seed
         self.process = process
         self.processes = processes
+        self.padded_because: str | None = "no encoder was asked whether it takes them otherwise"
+        """Why the texts of a chunk are padded; None puts them into one row."""
+        self.first_position = 0
+        """What their positions are counted from there."""
         self._tokenized = [_TokenizedSet(each, encoder) for each in sets]
         self.order = Order(
             sizes=[len(each) for each in sets],
@@ -181,12 +186,13 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
             given = np.concatenate([np.arange(starts[position], starts[position + 1]) for position in positions])
             parts.append(table.chunks(taken, chunk_tokens=self.chunk_tokens))
             orders.append(torch.from_numpy(given)[parts[-1].order])
-        return TokenizedTexts(
+        texts = TokenizedTexts(
             chunks=[chunk for part in parts for chunk in part.chunks],
             order=torch.cat(orders),
             tokens=sum(part.tokens for part in parts),
             padded_tokens=sum(part.padded_tokens for part in parts),
         )
+        return texts if self.padded_because else pack_texts(texts, self.first_position)
 
     def _known_positives(self, query: int) -> list[int]:
         first, last = (np.searchsorted(self._known_queries, query, side) for side in ("left", "right"))
