@@ -448,6 +448,9 @@ class TrainerConfig:
     gradient (GradCache): the same gradient in the memory of a chunk. null keeps those of the whole micro-batch."""
     gradient_checkpointing: bool
     """Keep the inputs of the backbone's layers alone and compute the rest again: less memory, a third more time."""
+    compile: bool
+    """Compile the backbone's layers by torch.compile, with lengths that vary; a line says what that gained, and
+    train/compilations counts the graphs."""
     log_every_steps: int
     """Steps between two lines where there is no terminal to draw a progress bar on."""
     save_every_steps: int | None

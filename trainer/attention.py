@@ -119,7 +119,8 @@ def use_own_attention(encoder: MultiVectorEncoder) -> bool:
     return whether it does."""
     model = backbone_of(encoder).model
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(ATTENTION, attention)
+        # Compiled, it would be compiled anew for each text's length.
+        AttentionInterface.register(ATTENTION, torch.compiler.disable(attention))
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         model.set_attn_implementation(ATTENTION)
     return bool(model.config._attn_implementation == ATTENTION)

@@ -23,6 +23,7 @@ from configs.schema import Config
 from losses.factory import Loss
 from trainer.attention import use_own_attention
 from trainer.checkpoint import TrainState, UnreadableCheckpoint, gather_random_states, set_random_state
+from trainer.compiling import compilations, compile_layers
 from trainer.data.batches import Batch, StepBatches
 from trainer.data.order import count_steps_per_epoch
 from trainer.data.retrieval import RetrievalSet, queries_of
@@ -193,6 +194,8 @@ def train(
         fast_dropout(encoder, accelerator.device),
         tracing(folder.path / TRACE if config.trainer.profile and accelerator.is_main_process else None) as trace,
     ):
+        if config.trainer.compile:
+            progress.say(f"compile  {compile_layers(encoder, batches[done.step][0], accelerator)}")
         loaded, step_started = iter(loader), time.perf_counter()
         for step in range(done.step + 1, steps + 1):
             with phases("data", on_host=True):
@@ -227,6 +230,8 @@ def train(
                         raise _not_finite(own.step, name, values[name], batches.examples(own.step - 1), folder)
                 stop_signal = values.pop("signal")
                 values["seconds"] = time.perf_counter() - step_started
+                if config.trainer.compile:
+                    values["compilations"] = compilations()
                 values |= {f"seconds/{name}": seconds for name, seconds in own.phases().items()}
                 done.step = own.step
                 for name in filter(_adds_up, values):

@@ -13,6 +13,7 @@ from sentence_transformers.base.modules import Transformer
 
 from configs.schema import Config, ConfigError, Draw, MixedBatch, Normalization, Precision, Score
 from losses.maxsim import check_kernel, choose_backend
+from trainer.compiling import layers_of
 from trainer.data import Data
 from trainer.data.batches import choose_documents
 from trainer.data.order import count_steps_per_epoch
@@ -144,6 +145,8 @@ def check_encoder(config: Config, encoder: MultiVectorEncoder) -> None:
             f"trainer.gradient_checkpointing=true: {type(transformer.model).__name__} cannot; "
             "set it to false, and trainer.cache_tokens for memory"
         )
+    if config.trainer.compile:
+        layers_of(encoder)
 
 
 def choose_maxsim(config: Config, device: torch.device, encoder: MultiVectorEncoder | None = None) -> str:
