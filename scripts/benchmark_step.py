@@ -4,7 +4,8 @@
 
 st is sentence-transformers' MultiVectorEncoderTrainer in this environment, pylate PyLate's in one of its own, which is
 installed into environments=.peers at the first use. Weights are those of model=minilm with a new linear head, documents
-are cut at document_length=180, a step has batch_size=32 pairs, precision=float32 or bf16.
+are cut at document_length=180, a step has batch_size=32 pairs, with negatives=1 another document each, and
+precision=float32 or bf16. sets=[msmarco_lengths] are pairs of random words, as long as MS MARCO's queries and passages.
 
 First each trainer takes agree=1 steps with dropout off; where a peer fails, has read other tokens, or has a loss more
 than 1e-3 from ours at the first step, no ratio of it is printed and the status is 1. Then each trains steps=8 and
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -62,6 +64,7 @@ from trainer.phases import PHASES, TRACED_STEPS
 RESULTS, README, TRAINER = ROOT / "scripts" / "results", ROOT / "README.md", ROOT / "scripts" / "peer_trainer.py"
 BEGIN, END = "<!-- step table -->\n", "<!-- end of step table -->\n"
 OURS, TRAINERS = "lateforge", {"st": "sentence-transformers", "pylate": "PyLate"}
+MADE = "msmarco_lengths"
 # A peer's loss of the first step may be so far from ours.
 FIRST_LOSS = 1e-3
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
@@ -75,6 +78,7 @@ class Options:
     model: str = "minilm"
     document_length: int = 180
     batch_size: int = 32
+    negatives: int = 0
     precision: Precision = Precision.float32
     steps: int = 8
     warmup: int = 2
@@ -128,6 +132,7 @@ def parse(arguments: Sequence[str]) -> Options:
             options.device == "cuda" and not torch.cuda.is_available()
         ),
         "precision=fp16 is not compared: give float32 or bf16": options.precision is Precision.fp16,
+        f"negatives={options.negatives} must be 0 or 1": options.negatives not in (0, 1),
         "steps, rounds, agree and batch_size must be 1 or more, warmup 0 or more": (
             min(options.steps, options.rounds, options.agree, options.batch_size) < 1 or options.warmup < 0
         ),
@@ -222,29 +227,38 @@ class Contest:
 
     def write_pairs(self, *, steps: int) -> None:
         """As many pairs of the set as the steps take, in two files; no two of one document, which ours would not take
-        for a negative of its own query, and the peers would."""
-        wanted, pairs, seen = steps * self.options.batch_size, dict[str, str](), set[str]()
-        for examples in load_data(compose_config(self.options.model, f"data={self.name}").data).sets:
-            for row in range(len(examples)):
-                example = examples.example(row)
-                query, positive = example["query"], example["documents"][0]
-                if query not in pairs and positive not in seen:
-                    pairs[query] = positive
-                    seen.add(positive)
-                if len(pairs) == wanted:
-                    break
+        for a negative of its own query, and the peers would. Negatives are documents of the pairs that follow."""
+        examples = steps * self.options.batch_size
+        wanted, pairs, seen = examples * (1 + self.options.negatives), dict[str, str](), set[str]()
+        for query, positive in made_pairs() if self.name == MADE else self.pairs():
+            if query not in pairs and positive not in seen:
+                pairs[query] = positive
+                seen.add(positive)
+            if len(pairs) == wanted:
+                break
         if len(pairs) < wanted:
             raise ConfigError(f"{self.name} has {len(pairs):,} different pairs, and the steps take {wanted:,}")
         rows = [{"query": query, "positive": positive} for query, positive in pairs.items()]
-        self.write("given.jsonl", rows)
+        for row, negative in zip(rows, rows[examples:], strict=False):
+            row["negative"] = negative["positive"]
+        self.write("given.jsonl", rows[:examples])
         self.write_in_order(steps)
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """The queries of the set and the first positive of each."""
+        for examples in load_data(compose_config(self.options.model, f"data={self.name}").data).sets:
+            for row in range(len(examples)):
+                example = examples.example(row)
+                yield example["query"], example["documents"][0]
 
     def write_in_order(self, steps: int) -> None:
         """The given pairs in the order of our batches."""
         config = compose_config(self.options.model, *self.keys(), f"trainer.batch_size={self.options.batch_size}")
         batches = build_batches(config, load_data(config.data).sets, build_model(config), Accelerator(cpu=True))
         in_order = [example for step in range(steps) for example in batches.examples(step)]
-        self.write("pairs.jsonl", [{"query": each["query"], "positive": each["documents"][0]} for each in in_order])
+        columns = ("query", "positive", "negative")
+        rows = [dict(zip(columns, (each["query"], *each["documents"]), strict=False)) for each in in_order]
+        self.write("pairs.jsonl", rows)
 
     def write(self, name: str, rows: list[dict[str, str]]) -> None:
         (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -352,6 +366,20 @@ class Contest:
         }
 
 
+def made_pairs() -> Iterator[tuple[str, str]]:
+    """Random words without end: as many as MS MARCO's queries and passages have, 6 and 56 on average."""
+    random = np.random.default_rng(1)
+    words = np.array(sorted(set(re.findall("[a-z]{3,}", README.read_text(encoding="utf-8").lower()))))
+
+    def text(mean: float, deviation: float, least: int) -> str:
+        # The logarithm of a length is normal.
+        length = random.lognormal(np.log(mean) - deviation**2 / 2, deviation)
+        return " ".join(random.choice(words, max(least, round(length))))
+
+    while True:
+        yield text(6, 0.4, 2), text(56, 0.45, 8)
+
+
 def disagreement(ours: Measured, theirs: Measured) -> str | None:
     """Why a peer has not done the same, or None."""
     if ours.tokens != theirs.tokens:
@@ -384,7 +412,8 @@ def table(record: dict[str, Any]) -> str:
             for phase, words in PHASES.items()
         ),
         "",
-        f"({record['machine']}, {options['precision']}, batches of {options['batch_size']} pairs, documents of at most "
+        f"({record['machine']}, {options['precision']}, batches of {options['batch_size']} pairs"
+        f"{' and a negative each' if options.get('negatives') else ''}, documents of at most "
         f"{options['document_length']} tokens, medians of {options['rounds']} rounds of {options['steps']} steps; "
         + "; ".join(f"{name}: {_versions(own)}" for name, own in found.items())
         + f"; commit {record['commit'][:7]}, {record['date']}: `{record['command']}`)",

@@ -2,10 +2,10 @@
 
     python scripts/peer_trainer.py '{"library": "st", "model": ..., "pairs": ..., "steps": 3, "result": ...}'
 
-Nothing of lateforge is imported. library: st or pylate; model: a folder in its layout; pairs: JSON lines of query and
-positive, batch after batch; batch_size, learning_rate, weight_decay and device: as the names say; threads: of torch.
-result: the JSON file that receives, a step each, seconds, loss, document tokens, those padded, and seconds by phase;
-and the peak memory.
+Nothing of lateforge is imported. library: st or pylate; model: a folder in its layout; pairs: JSON lines of query,
+positive and perhaps negative, batch after batch; batch_size, learning_rate, weight_decay and device: as the names say;
+threads: of torch. result: the JSON file that receives, a step each, seconds, loss, document tokens, those padded, and
+seconds by phase; and the peak memory.
 """
 
 import json
@@ -64,8 +64,9 @@ class Clock(TrainerCallback):
 class Counted:
     """A collator, and the document tokens of each batch, those of text and those that are computed."""
 
-    def __init__(self, collator: Any) -> None:
+    def __init__(self, collator: Any, columns: list[str]) -> None:
         self.collator = collator
+        self.columns = columns
         self.tokens: list[int] = []
         self.padded: list[int] = []
 
@@ -74,9 +75,9 @@ class Counted:
 
     def __call__(self, features: Any) -> Any:
         batch = self.collator(features)
-        mask = batch["positive_attention_mask"]
-        self.tokens.append(int(mask.sum()))
-        self.padded.append(mask.numel())
+        masks = [batch[f"{column}_attention_mask"] for column in self.columns]
+        self.tokens.append(sum(int(mask.sum()) for mask in masks))
+        self.padded.append(sum(mask.numel() for mask in masks))
         return batch
 
 
@@ -86,19 +87,20 @@ def main(task: dict[str, Any]) -> None:
     torch.manual_seed(1)
     lines = Path(task["pairs"]).read_text(encoding="utf-8").splitlines()
     rows = Dataset.from_list([json.loads(line) for line in lines])
+    columns = [column for column in rows.column_names if column != "query"]
     clock = Clock(task["device"])
     library = import_module("sentence_transformers")
     if task["library"] == "pylate":
         model = import_module("pylate.models").ColBERT(task["model"], device=task["device"])
         loss = import_module("pylate.losses").Contrastive(model=model)
-        collator, prompts = Counted(import_module("pylate.utils").ColBERTCollator(model.tokenize)), {}
+        collator, prompts = Counted(import_module("pylate.utils").ColBERTCollator(model.tokenize), columns), {}
         trainer, arguments = library.SentenceTransformerTrainer, library.SentenceTransformerTrainingArguments
     else:
         model = library.MultiVectorEncoder(task["model"], device=task["device"])
         losses = import_module("sentence_transformers.multi_vector_encoder.losses")
         loss = losses.MultiVectorMultipleNegativesRankingLoss(model)
         # Those of the model are for encoding alone.
-        collator, prompts = None, {"query": model.prompts["query"], "positive": model.prompts["document"]}
+        collator, prompts = None, {"query": model.prompts["query"]} | dict.fromkeys(columns, model.prompts["document"])
         trainer, arguments = library.MultiVectorEncoderTrainer, library.MultiVectorEncoderTrainingArguments
 
     class InOrder(trainer):  # type: ignore[misc,valid-type]
@@ -142,7 +144,7 @@ def main(task: dict[str, Any]) -> None:
             callbacks=[clock],
         )
         if collator is None:
-            collator = trained.data_collator = Counted(trained.data_collator)
+            collator = trained.data_collator = Counted(trained.data_collator, columns)
         clock.reset()
         trained.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

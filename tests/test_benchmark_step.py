@@ -37,11 +37,14 @@ def test_ours_and_sentence_transformers_lose_the_same_over_20_steps(tiny_bert: P
         {
             "query": f"what {one} is the {other}",
             "positive": f"the {other}, {one} and {one} is that {other} {one}"[:size],
+            "negative": f"no {one} is {other}, or {other}",
         }
         for one in WORDS
         for other, size in zip(WORDS, range(12, 40, 2), strict=False)
     ]
-    options = Options(peers=["st"], model=str(tiny_bert), document_length=16, batch_size=batch, warmup=0, steps=steps)
+    options = Options(
+        peers=["st"], model=str(tiny_bert), document_length=16, batch_size=batch, negatives=1, warmup=0, steps=steps
+    )
     contest = Contest(options, "made", tmp_path)
     contest.write("given.jsonl", rows[: steps * batch])
     contest.write_weights(tmp_path / "off", ["backbone.dropout=0"])
@@ -180,6 +183,21 @@ def test_no_two_pairs_have_one_query_or_one_document(
     assert [tuple(row.values()) for row in written] == [rows[0], rows[3], rows[4]]
     with pytest.raises(ConfigError, match="squad_sentences has 3 different pairs, and the steps take 6"):
         contest.write_pairs(steps=2)
+
+
+def test_made_pairs_are_as_long_as_ms_marcos_and_a_negative_is_no_positive(tiny_bert: Path, tmp_path: Path) -> None:
+    options = Options(model=str(tiny_bert), batch_size=300, document_length=16, negatives=1)
+    Contest(options, benchmark.MADE, tmp_path).write_pairs(steps=2)
+    given, in_order = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("given.jsonl", "pairs.jsonl")
+    )
+    assert sorted(map(str, in_order)) == sorted(map(str, given))
+    queries, positives, negatives = ([row[name] for row in given] for name in ("query", "positive", "negative"))
+    assert len({*positives, *negatives}) == 2 * len(given) == 1200
+    lengths = [[len(text.split()) for text in texts] for texts in (queries, positives, negatives)]
+    assert [sum(each) / len(each) for each in lengths] == pytest.approx([6, 56, 56], rel=0.06)
+    assert min(lengths[1]) < 25 < 120 < max(lengths[1])
 
 
 def test_both_layouts_are_written(tiny_bert: Path, tmp_path: Path) -> None:
