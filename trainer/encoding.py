@@ -106,10 +106,6 @@ class _Join(torch.autograd.Function):
 def _to(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A copy, since modules write their outputs into the features they get."""
     return {
-        name: value.to(device, non_blocking=True)
-        if isinstance(value, Tensor)
-        else value.to(device)
-        if isinstance(value, TextBounds)
-        else value
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor | TextBounds) else value
         for name, value in features.items()
     }

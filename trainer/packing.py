@@ -20,6 +20,8 @@ from trainer.data.tokens import TokenizedTexts
 FLOAT32 = 1e-5
 # What backbones call the share of attention's weights that they drop.
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
+# What a model, or a torch, raises that knows no texts in one row.
+UNFIT = (ImportError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class TextBounds:
     def longest(self) -> int:
         return max(self.lengths)
 
-    def to(self, device: torch.device) -> "TextBounds":
-        return replace(self, offsets=self.offsets.to(device, non_blocking=True))
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "TextBounds":
+        return replace(self, offsets=self.offsets.to(device, non_blocking=non_blocking))
 
 
 def pack(features: Mapping[str, Any], first_position: int = 0) -> dict[str, Any]:
@@ -80,8 +82,8 @@ def first_position(encoder: MultiVectorEncoder) -> int:
 
 
 def packing_obstacle(encoder: MultiVectorEncoder, texts: TokenizedTexts, accelerator: Accelerator) -> str | None:
-    """Why texts are padded, judged by what the encoder makes of the first chunk of documents; None where they need not
-    be.
+    """Why documents must be padded, judged by what the encoder makes of the chunk with most padding; None where they
+    need not be.
 
     In bfloat16 and float16 the vectors may be twice as far from those of float32 as the padded ones are.
     """
@@ -94,8 +96,6 @@ def packing_obstacle(encoder: MultiVectorEncoder, texts: TokenizedTexts, acceler
         return "on a GPU, attention without padding drops no weights: backbone.dropout=0 would do"
     chunk = max(texts.chunks, key=lambda chunk: int((~chunk["attention_mask"].bool()).sum()))
     is_text = chunk["attention_mask"].bool()
-    if "query_expansion_positions" in chunk:
-        return "documents have expansion tokens"
 
     def vectors(features: Mapping[str, Any]) -> Tensor:
         copy = {name: value.to(device) if hasattr(value, "to") else value for name, value in features.items()}
@@ -111,12 +111,7 @@ def packing_obstacle(encoder: MultiVectorEncoder, texts: TokenizedTexts, acceler
                 if accelerator.mixed_precision != "no":
                     padded = vectors(chunk)[is_text]
                 packed = vectors(pack(chunk, first_position(encoder)))[0]
-    except (
-        ImportError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except UNFIT as error:
         return f"{type(model).__name__} takes no texts in one row ({(str(error).splitlines() or [''])[0]})"
     finally:
         encoder.train(was_training)
