@@ -6,10 +6,10 @@
 The ways are: every document padded to document_length (cap), to the longest of its batch (longest), to the longest of
 its chunk of trainer.chunk_tokens (chunks, trainer.pack=false), chunks of batches of like lengths (windows,
 data.length_window=50), and one behind the other without padding (rows, the default). All but the windows have the same
-examples. `padded/real` is computed tokens of documents over real
-ones, of the first steps of the first epoch. `queries/s` is the rate of the training step with
-all-MiniLM-L6-v2 on the CPU: of timed= batches, in the middle of as many equal ranges of the steps from the shortest to
-the longest, each way in turn, the median of the rounds; timed=0 leaves it out.
+examples. `padded/real` is computed tokens of documents over real ones, of the first steps of the first epoch.
+`queries/s` is the rate of the training step with all-MiniLM-L6-v2 on the CPU: of timed= batches, in the middle of as
+many equal ranges of the steps from the shortest to the longest, each way in turn, the median of the rounds; timed=0
+leaves it out.
 
 LATEFORGE_DATA names the folder of the sets. The status is 2 for a mistake in the arguments.
 """

@@ -52,6 +52,15 @@ class Checkpoint:
     skips_in_queries: bool
 
 
+# Preset, fixture, and what its positions allow: documents of ModernBERT and Gemma reach beyond their local layers.
+ARCHITECTURES = {
+    "bert": ("bert_base", "tiny_bert", 60),
+    "xlm_roberta": ("checkpoint", "xlm_roberta", 60),
+    "modernbert": ("modernbert_base", "modernbert", 200),
+    "gemma3": ("embeddinggemma_300m", "gemma", 60),
+}
+
+
 @pytest.fixture(scope="session")
 def modernbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ModernBERT, 32 wide: byte-level BPE, markers in its vocabulary, spare rows in its embedding table."""

@@ -34,7 +34,8 @@ class FastDropout(nn.Dropout):
 @contextmanager
 def fast_dropout(encoder: MultiVectorEncoder, device: torch.device) -> Iterator[None]:
     """Let an encoder that trains on a CPU drop activations by this file; attention does by `trainer.attention`."""
-    modules = [module for module in encoder.modules() if type(module) is nn.Dropout] if device.type == "cpu" else []
+    dropping = (module for module in encoder.modules() if type(module) is nn.Dropout and module.p > 0)
+    modules = list(dropping) if device.type == "cpu" else []
     try:
         for module in modules:
             module.__class__ = FastDropout

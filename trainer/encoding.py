@@ -75,9 +75,8 @@ def _longest(chunk: dict[str, Any]) -> int:
 def _places(texts: Tensor, chunk: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """Which text, of those given, each token of a chunk is of, and its place there; both broadcast to the tokens."""
     if "bounds" in chunk:
-        lengths = chunk["bounds"].lengths
-        rows = texts.repeat_interleave(torch.tensor(lengths))[None]
-        columns = torch.cat([torch.arange(length) for length in lengths])[None]
+        rows = texts.repeat_interleave(torch.tensor(chunk["bounds"].lengths))[None]
+        columns = chunk["bounds"].positions[None]
     else:
         rows, columns = texts[:, None], torch.arange(_longest(chunk))[None]
     return rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)

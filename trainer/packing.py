@@ -5,6 +5,7 @@ All but attention works on each token by itself, and `trainer.attention` is told
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class TextBounds:
     def longest(self) -> int:
         return max(self.lengths)
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """(tokens,) int64: the place of each token in its text, on the host."""
+        return torch.cat([torch.arange(length) for length in self.lengths])
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "TextBounds":
         return replace(self, offsets=self.offsets.to(device, non_blocking=non_blocking))
 
@@ -53,16 +59,16 @@ def pack(features: Mapping[str, Any], first_position: int = 0) -> dict[str, Any]
         return dict(features)
     is_text = features["attention_mask"].bool()
     lengths = is_text.sum(dim=1)
+    bounds = TextBounds(nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), lengths.tolist())
     row = {
         name: value[is_text][None] if isinstance(value, Tensor) and value.shape == is_text.shape else value
         for name, value in features.items()
     }
-    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
     return row | {
-        "position_ids": positions[None] + first_position,
+        "position_ids": bounds.positions[None] + first_position,
         # Of a kind that torch's own attention refuses, to which texts of one row would be one text.
-        "attention_mask": torch.ones(1, 1, 1, len(positions), dtype=torch.int32),
-        "bounds": TextBounds(nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), lengths.tolist()),
+        "attention_mask": torch.ones(1, 1, 1, len(bounds.positions), dtype=torch.int32),
+        "bounds": bounds,
     }
 
 

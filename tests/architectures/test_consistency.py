@@ -15,14 +15,8 @@ from torch import Tensor
 from architectures.factory import build_encoder
 from configs.schema import Attention, BackboneConfig, Config, Expansion
 from tests.architectures.conftest import head_config
+from tests.checkpoints import ARCHITECTURES
 
-# Preset, fixture, and what its positions allow: documents of ModernBERT and Gemma reach beyond their local layers.
-ARCHITECTURES = {
-    "bert": ("bert_base", "tiny_bert", 60),
-    "xlm_roberta": ("checkpoint", "xlm_roberta", 60),
-    "modernbert": ("modernbert_base", "modernbert", 200),
-    "gemma3": ("embeddinggemma_300m", "gemma", 60),
-}
 QUERY_LENGTH = 12
 EXPANSIONS: dict[str, dict[str, Any]] = {
     "fixed, unattended": {"expansion": Expansion.fixed, "attend_to_expansion": False},

@@ -65,3 +65,11 @@ def test_an_encoder_is_as_it_was_where_training_fails(encoder: MultiVectorEncode
     with pytest.raises(ValueError, match=r"^$"):
         fail()
     assert dropouts(encoder) == {nn.Dropout}
+
+
+def test_an_encoder_that_drops_nothing_stays_as_it_is(encoder: MultiVectorEncoder) -> None:
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with fast_dropout(encoder, CPU):
+        assert dropouts(encoder) == {nn.Dropout}

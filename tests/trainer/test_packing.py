@@ -13,6 +13,7 @@ from torch import Tensor
 
 from architectures.factory import build_encoder
 from configs.schema import Config
+from tests.checkpoints import ARCHITECTURES
 from tests.trainer.made import chunked
 from trainer import packing
 from trainer.attention import use_own_attention
@@ -21,13 +22,6 @@ from trainer.encoding import encode_texts
 from trainer.packing import first_position, pack, pack_texts, packing_obstacle
 
 CPU = torch.device("cpu")
-# Preset, fixture, and the cap: documents of ModernBERT and Gemma reach beyond their local layers.
-ARCHITECTURES = {
-    "bert": ("bert_base", "tiny_bert", 60),
-    "xlm_roberta": ("checkpoint", "xlm_roberta", 60),
-    "modernbert": ("modernbert_base", "modernbert", 200),
-    "gemma3": ("embeddinggemma_300m", "gemma", 60),
-}
 TEXTS = ["a cat.", "what", "a cat, a cat is a cat " * 4, "", "is it the animal", "a cat. " * 90]
 CHUNK_TOKENS = 150  # several texts in most chunks, one alone in the last
 
