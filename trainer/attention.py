@@ -32,7 +32,7 @@ def attention(
     """torch's attention, each text of a row by itself.
 
     query, key, value: (texts, heads, tokens, width), where `bounds` are given of one row; attention_mask: what
-    `sdpa_mask` gives, not read where `bounds` are given. Returns (texts, tokens, heads, width).
+    `mask` gives, not read where `bounds` are given. Returns (texts, tokens, heads, width).
     """
     causal = options.get("is_causal")
     options["is_causal"] = causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -114,6 +114,14 @@ def _varlen(
     return output[None]
 
 
+def mask(*given: Any, device: torch.device | str = "cpu", **options: Any) -> Tensor | None:
+    """torch's, without asking a GPU whether anything is masked: the host would wait for the answer at each chunk."""
+    if torch.device(device).type != "cpu":
+        options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    masked: Tensor | None = sdpa_mask(*given, device=device, **options)
+    return masked
+
+
 def use_own_attention(encoder: MultiVectorEncoder) -> bool:
     """Let an encoder that uses torch's attention use this one, which is the same where nothing more is asked of it;
     return whether it does."""
@@ -121,6 +129,6 @@ def use_own_attention(encoder: MultiVectorEncoder) -> bool:
     if model.config._attn_implementation == "sdpa":
         # Compiled, it would be compiled anew for each text's length.
         AttentionInterface.register(ATTENTION, torch.compiler.disable(attention))
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        AttentionMaskInterface.register(ATTENTION, mask)
         model.set_attn_implementation(ATTENTION)
     return bool(model.config._attn_implementation == ATTENTION)

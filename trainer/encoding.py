@@ -13,6 +13,7 @@ from trainer.data.batches import Batch
 from trainer.data.tokens import TokenizedTexts
 from trainer.packing import TextBounds
 from trainer.phases import Phases
+from trainer.transfer import send
 
 Encode = Callable[..., dict[str, Any]]
 """Takes the features of a chunk and its task; returns token_embeddings and attention_mask, which tokens are scored."""
@@ -44,10 +45,10 @@ def encode_batch(encoder: Encode, batch: Batch, device: torch.device, phases: Ph
         query_mask=query_mask,
         documents=documents,
         document_mask=document_mask,
-        candidates=batch.candidates.to(device),
-        teacher_scores=None if batch.teacher_scores is None else batch.teacher_scores.to(device),
-        document_ids=batch.document_ids.to(device),
-        known_positives=batch.known_positives.to(device),
+        candidates=send(batch.candidates, device),
+        teacher_scores=None if batch.teacher_scores is None else send(batch.teacher_scores, device),
+        document_ids=send(batch.document_ids, device),
+        known_positives=send(batch.known_positives, device),
     )
 
 
@@ -79,7 +80,7 @@ def _places(texts: Tensor, chunk: dict[str, Any], device: torch.device) -> tuple
         columns = chunk["bounds"].positions[None]
     else:
         rows, columns = texts[:, None], torch.arange(_longest(chunk))[None]
-    return rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
+    return send(rows, device), send(columns, device)
 
 
 class _Join(torch.autograd.Function):
@@ -104,7 +105,5 @@ class _Join(torch.autograd.Function):
 
 def _to(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A copy, since modules write their outputs into the features they get."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor | TextBounds) else value
-        for name, value in features.items()
-    }
+    copy = {name: send(value, device) if isinstance(value, Tensor) else value for name, value in features.items()}
+    return copy | {name: value.to(device) for name, value in features.items() if isinstance(value, TextBounds)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from architectures.heads import backbone_of
 from trainer.attention import use_own_attention
 from trainer.data.tokens import TokenizedTexts
+from trainer.transfer import send
 
 # How far vectors of unit length may be from those of the padded texts, where float32 is all that rounds.
 FLOAT32 = 1e-5
@@ -43,8 +44,8 @@ class TextBounds:
         """(tokens,) int64: the place of each token in its text, on the host."""
         return torch.cat([torch.arange(length) for length in self.lengths])
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> "TextBounds":
-        return replace(self, offsets=self.offsets.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device) -> "TextBounds":
+        return replace(self, offsets=send(self.offsets, device))
 
 
 def pack(features: Mapping[str, Any], first_position: int = 0) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from trainer.data.batches import Batch
 from trainer.encoding import TrainedModel, encode_batch
 from trainer.grad_cache import GradCache
 from trainer.phases import Phases
+from trainer.transfer import send
 
 
 def compute_gradient(
@@ -51,7 +52,7 @@ def compute_gradient(
                 encoder.replay(accelerator, list(loss.learnt.parameters()), synchronise=last)
         values = values.detach()
         if sets > 1:
-            places = torch.tensor([place.set for place in batch.places]).to(values.device, non_blocking=True)
+            places = send(torch.tensor([place.set for place in batch.places]), values.device)
             of_sets.index_add_(1, places, torch.stack([values.float(), torch.ones_like(values, dtype=torch.float32)]))
         for name, part in {"loss": values.mean(), **parts}.items():
             logged[name] = logged.get(name, 0.0) + part * batch.share
@@ -95,9 +96,7 @@ class Numbers:
         self._names = [*parts, *counts, *alike]
         device = accelerator.device
         on_host = torch.tensor(list(counts.values()))
-        # From pinned memory and to it, or the host would wait.
-        on_host = on_host.pin_memory() if device.type == "cuda" else on_host
-        values = torch.cat([torch.stack(list(parts.values())), on_host.to(device, non_blocking=True)])
+        values = torch.cat([torch.stack(list(parts.values())), send(on_host, device)])
         if accelerator.num_processes > 1:
             # One exchange a step; float32 holds every count below 16 million.
             values = accelerator.reduce(values, reduction="sum")

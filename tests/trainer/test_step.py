@@ -12,8 +12,10 @@ from torch import Tensor
 
 from configs.schema import Config
 from losses.factory import build_loss
-from tests.trainer.made import make_data, with_config
+from tests.trainer.made import DISTILLATION, POSITIVES, make_data, to_examples, with_config
+from trainer.data import Data
 from trainer.loop import build_batches, build_model
+from trainer.optim import build_optimizer
 from trainer.step import Numbers, compute_gradient, embedding_gradients_by_token
 
 
@@ -50,3 +52,53 @@ def test_the_gradient_of_the_embeddings_is_the_same_by_token(
     for each, gradient in plain.items():
         assert not of_tokens[each].is_sparse
         torch.testing.assert_close(of_tokens[each], gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (
+            "data=pairs",
+            "data.path=unused",
+            "loss.contrastive.max_negative_ratio=0.9",
+            "loss.contrastive.symmetric=true",
+        ),
+        (
+            *DISTILLATION,
+            "loss.terms.contrastive=0.5",
+            "loss.terms.margin_mse=0.5",
+            "loss.matryoshka={widths: [128, 64], weights: [1, 1]}",
+        ),
+    ],
+    ids=["contrastive", "teacher"],
+)
+def test_nothing_waits_for_a_value_of_the_device(
+    keys: tuple[str, ...],
+    packed: bool,
+    encoder: MultiVectorEncoder,
+    make_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device whose numbers have no values, so that whoever asks for one gets an error."""
+    config = make_config("trainer.batch_size=4", "trainer.chunk_tokens=24", *keys)
+    examples = to_examples([[positive, "a dog", "what"] for positive in POSITIVES], [[0.5, 0.25, 0.0]] * len(POSITIVES))
+    data = with_config(Data([examples], {}), config.data)
+    accelerator = Accelerator(cpu=True)
+    encoder.train()
+    batches = build_batches(config, data.sets, encoder, accelerator)
+    batches.padded_because = None if packed else "it is asked for"
+    micro_batches = batches[0]
+    assert ("bounds" in micro_batches[0].documents.chunks[0]) == packed
+    loss = build_loss(config.loss, width=128, maxsim="reference")
+    model = build_model(encoder, loss, config).to("meta")
+    optimizer = build_optimizer(encoder, loss.learnt, config.optimizer)
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which does not know this device
+    parts = compute_gradient(accelerator, model, loss, micro_batches, cached=False)
+    norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    assert {value.device.type for value in (norm, *parts.values())} == {"meta"}
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="item"):
+        float(norm)
