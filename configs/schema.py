@@ -438,8 +438,8 @@ class TrainerConfig:
     max_gradient_norm: float | None
     """Gradients are scaled down to this norm; null clips nothing."""
     chunk_tokens: int
-    """Texts of a batch are sorted by length and encoded in chunks of at most this many tokens, padding included; read
-    where cache_tokens is null."""
+    """Texts of a batch are sorted by length and encoded in chunks of at most this many tokens, padding included where
+    there is any; read where cache_tokens is null."""
     pack: bool
     """Put the texts of a chunk into one row without padding, where the first step shows that their vectors stay the
     same; false pads each to the longest of its chunk."""

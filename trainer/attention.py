@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from architectures.heads import backbone_of
-from trainer.dropout import drop
+from trainer.dropout import drop, factors
 
 if TYPE_CHECKING:
     from trainer.packing import TextBounds
@@ -38,23 +38,59 @@ def attention(
     options["is_causal"] = causal = getattr(module, "is_causal", True) if causal is None else causal
     if bounds is None:
         return _padded(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    if options.get("softcap") is not None or options.get("position_bias") is not None:
+        raise ValueError("attention within the texts of a row has no softcap or bias")
     window = options.get("sliding_window")
     if query.device.type == "cuda":
-        if dropout or options.get("softcap") is not None or options.get("position_bias") is not None:
-            raise ValueError("torch's attention without padding has no dropout, softcap or bias")
+        if dropout:
+            raise ValueError("torch's attention without padding drops no weights")
         return _varlen(query, key, value, bounds, scaling=scaling, causal=causal, window=window), None
+    return _by_text(query, key, value, bounds, dropout=dropout, scaling=scaling, causal=causal, window=window), None
+
+
+def _by_text(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: "TextBounds",
+    *,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """One text after the other; what concerns all of them is done for the row, as starting an operation costs as much
+    as a short text."""
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if groups > 1:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    lengths, sizes = bounds.lengths, [heads * length**2 for length in bounds.lengths]
+    kept = factors(sum(sizes), dropout, query.dtype).split(sizes) if dropout else [None] * len(lengths)
     # In one split: the gradient of a slice would be a row of zeros for each text.
-    texts = zip(bounds.lengths, *(states.split(bounds.lengths, dim=2) for states in (query, key, value)), strict=True)
+    rows = ((query * scaling)[0], key[0], value[0])
+    texts = zip(lengths, *(states.split(lengths, dim=1) for states in rows), kept, strict=True)
     outputs = []
-    for length, own_query, own_key, own_value in texts:
-        mask, own = None, options
-        if window is not None and window < length:
-            distance = torch.arange(length)[:, None] - torch.arange(length)
-            mask, own = distance.abs() < window, options | {"is_causal": False}
-            mask = mask & (distance >= 0) if causal else mask
-        output, _ = _padded(module, own_query, own_key, own_value, mask, dropout=dropout, scaling=scaling, **own)
-        outputs.append(output)
-    return torch.cat(outputs, dim=1), None
+    for length, own_query, own_key, own_value, own_kept in texts:
+        seen = _seen(length, causal=causal, window=window)
+        if own_kept is None:
+            states = own_query[None], own_key[None], own_value[None]
+            output = nn.functional.scaled_dot_product_attention(*states, attn_mask=seen, scale=1.0)[0]
+        else:
+            scores = own_query @ own_key.transpose(1, 2)
+            scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+            output = (scores.softmax(dim=-1) * own_kept.view(scores.shape)) @ own_value
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)[None]
+
+
+def _seen(length: int, *, causal: bool, window: int | None) -> Tensor | None:
+    """(length, length) bool: which tokens of a text each sees; None where each sees all."""
+    if not causal and (window is None or window >= length):
+        return None
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = distance.abs() < (window or length)
+    return seen & (distance >= 0) if causal else seen
 
 
 def _padded(
@@ -114,11 +150,11 @@ def _varlen(
     return output[None]
 
 
-def mask(*given: Any, device: torch.device | str = "cpu", **options: Any) -> Tensor | None:
+def mask(*, device: torch.device | str, **options: Any) -> Tensor | None:
     """torch's, without asking a GPU whether anything is masked: the host would wait for the answer at each chunk."""
     if torch.device(device).type != "cpu":
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    masked: Tensor | None = sdpa_mask(*given, device=device, **options)
+    masked: Tensor | None = sdpa_mask(device=device, **options)
     return masked
 
 

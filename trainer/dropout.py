@@ -16,12 +16,17 @@ LEVELS = 2**16
 
 def drop(values: Tensor, share: float) -> Tensor:
     """Put 0 in place of a share of the values, and scale the others up so that the mean stays."""
+    return values * factors(values.numel(), share, values.dtype).view(values.shape)
+
+
+def factors(count: int, share: float, dtype: torch.dtype) -> Tensor:
+    """(count,): by what dropout multiplies that many activations."""
     dropped = round(share * LEVELS)
     if dropped == LEVELS:
-        return torch.zeros_like(values)
-    words = torch.empty((values.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int16)[: values.numel()] >= dropped - LEVELS // 2
-    return values * kept.view(values.shape).to(values.dtype).mul_(LEVELS / (LEVELS - dropped))
+        return torch.zeros(count, dtype=dtype)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.int16)[:count] >= dropped - LEVELS // 2
+    return kept.to(dtype).mul_(LEVELS / (LEVELS - dropped))
 
 
 class FastDropout(nn.Dropout):

@@ -48,15 +48,19 @@ class TextBounds:
         return replace(self, offsets=send(self.offsets, device))
 
 
+def is_packed(features: Mapping[str, Any]) -> bool:
+    """Whether `pack` changes these: not queries with expansion tokens, which no text may see."""
+    return "query_expansion_positions" not in features
+
+
 def pack(features: Mapping[str, Any], first_position: int = 0) -> dict[str, Any]:
-    """The features of padded texts as those of one row; queries with expansion tokens, which no text may see, as they
-    are.
+    """The features of padded texts as those of one row, or as they are.
 
     first_position: the number of a text's first position, which is not 0 for RoBERTa and its kin.
     Returns input_ids, position_ids and whatever else has a number a token (1, tokens), `bounds`, and attention_mask
     (1, 1, 1, tokens), which transformers passes on to each layer as it is.
     """
-    if "query_expansion_positions" in features:
+    if not is_packed(features):
         return dict(features)
     is_text = features["attention_mask"].bool()
     lengths = is_text.sum(dim=1)

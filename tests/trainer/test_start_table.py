@@ -100,19 +100,19 @@ def test_documents_are_those_that_a_query_is_trained_with(
 @pytest.mark.parametrize(
     ("overrides", "processes", "words"),
     [
-        # Queries are filled to 8 tokens: two, two and one. Documents have 5, 7, 16, 16 and 16, and a chunk costs 1.
-        (["trainer.chunk_tokens=16"], 1, "3 of queries and 5 of documents a step and process, of at most 16 tokens"),
+        # Queries are filled to 8 tokens: two, two and one. Documents have 5, 7, 16, 16 and 16: two in a row, then one each.
+        (["trainer.chunk_tokens=16"], 1, "3 of queries and 4 of documents a step and process, of at most 16 tokens"),
         (
             ["trainer.cache_tokens=16"],
             1,
-            "3 of queries and 5 of documents a step and process, of at most 16 tokens, each encoded twice",
+            "3 of queries and 4 of documents a step and process, of at most 16 tokens, each encoded twice",
         ),
-        (["trainer.steps=1"], 1, "1 of queries and 1 of documents a step and process, of at most 1,024 tokens"),
+        (["trainer.steps=1"], 1, "1 of queries and 1 of documents a step and process, of at most 2,048 tokens"),
         # Micro-batches of two and three, whose texts share no chunk.
         (
             ["trainer.accumulation_steps=2"],
             1,
-            "2 of queries and 2 of documents a step and process, of at most 1,024 tokens",
+            "2 of queries and 2 of documents a step and process, of at most 2,048 tokens",
         ),
         # Of five queries, the first process has two.
         (["trainer.chunk_tokens=1"], 2, "2 of queries and 2 of documents a step and process, of at most 1 tokens"),

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from configs.schema import ConfigError
 from tests.conftest import ENVIRONMENT
-from trainer.data.tokens import Task, TokenizedTexts, TokenTable, _cuts, tokenized
+from trainer.data.tokens import Task, TokenizedTexts, TokenTable, _cuts, _cuts_of_rows, tokenized
 
 # Of 1 to 16 words, some twice; in documents of 16 tokens the last does not fit, nor do the longest in queries of 8.
 TEXTS = [
@@ -208,6 +208,21 @@ def test_chunks_keep_the_order_fit_and_cost_the_least_of_all_that_do(lengths: li
     assert [number for start, stop in found for number in range(start, stop)] == list(range(len(lengths)))
     assert all(fits(*cut) for cut in found)
     assert cost(found) == pytest.approx(min(map(cost, all_cuts())), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "row_tokens", "cuts"),
+    [
+        ([3, 4, 5, 5], 12, [(0, 3), (3, 4)]),
+        ([3, 4, 5, 5], 11, [(0, 2), (2, 4)]),
+        ([3, 4, 5, 5], 17, [(0, 4)]),
+        # A text that is longer than a row has one of its own.
+        ([3, 4, 30, 31], 12, [(0, 2), (2, 3), (3, 4)]),
+        ([30], 1, [(0, 1)]),
+    ],
+)
+def test_a_row_takes_as_many_texts_as_fit(lengths: list[int], row_tokens: int, cuts: list[tuple[int, int]]) -> None:
+    assert _cuts_of_rows(np.array(lengths), row_tokens) == cuts
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=50)

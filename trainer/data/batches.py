@@ -14,7 +14,7 @@ from configs.schema import DataConfig, Draw, MixedBatch
 from trainer.data.order import Order, Place, bounds
 from trainer.data.tables import IntArray, TrainingSet, sorted_pairs
 from trainer.data.tokens import TokenizedTexts, TokenTable, tokenized
-from trainer.packing import pack_texts
+from trainer.packing import is_packed, pack_texts
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ class StepBatches(torch.utils.data.Dataset[list[Batch]]):
             table: TokenTable = getattr(self._tokenized[index], side)
             taken = np.array([row for position in positions for row in rows[position]])
             given = np.concatenate([np.arange(starts[position], starts[position + 1]) for position in positions])
-            parts.append(table.chunks(taken, chunk_tokens=self.chunk_tokens))
+            packs = not self.padded_because and is_packed(table.features)
+            parts.append(table.chunks(taken, chunk_tokens=self.chunk_tokens, without_padding=packs))
             orders.append(torch.from_numpy(given)[parts[-1].order])
         texts = TokenizedTexts(
             chunks=[chunk for part in parts for chunk in part.chunks],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,9 +72,9 @@ class TokenTable:
         """Where texts, given by their rows, stand in this table."""
         return rows if self.rows is None else np.searchsorted(self.rows, rows)
 
-    def chunks(self, rows: IntArray, *, chunk_tokens: int) -> TokenizedTexts:
+    def chunks(self, rows: IntArray, *, chunk_tokens: int, without_padding: bool = False) -> TokenizedTexts:
         """Sort texts, given by their rows, by length and cut them into chunks, each of at most chunk_tokens tokens,
-        padding included, and of one text at least."""
+        padding included unless it will be taken out, and of one text at least."""
         taken = self.table.with_format("arrow")[self.places(rows)]
         features = {name: _Lists(taken[name]) for name in self.padding}
         lengths = features["input_ids"].lengths
@@ -83,7 +84,7 @@ class TokenTable:
                 name: self._padded(features[name], order[start:stop], name) if name in features else value
                 for name, value in self.features.items()
             }
-            for start, stop in _cuts(lengths[order], chunk_tokens)
+            for start, stop in (_cuts_of_rows if without_padding else _cuts)(lengths[order], chunk_tokens)
         ]
         return TokenizedTexts(
             chunks=chunks,
@@ -115,6 +116,17 @@ def _cuts(lengths: IntArray, chunk_tokens: int) -> list[tuple[int, int]]:
         found.append((int(cuts[stop]), stop))
         stop = int(cuts[stop])
     return found[::-1]
+
+
+def _cuts_of_rows(lengths: IntArray, row_tokens: int) -> list[tuple[int, int]]:
+    """Where lengths are cut so that as many as fit stand in a row."""
+    starts, tokens = [0], 0
+    for place, length in enumerate(lengths.tolist()):
+        if tokens + length > row_tokens and place > starts[-1]:
+            starts.append(place)
+            tokens = 0
+        tokens += length
+    return list(pairwise([*starts, len(lengths)]))
 
 
 class _Lists:
