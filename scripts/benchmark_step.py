@@ -3,15 +3,22 @@
     python scripts/benchmark_step.py [device=cpu] [peers=[st,pylate]] [sets=[python_functions,lfrqa,squad_sentences]]
 
 st is sentence-transformers' MultiVectorEncoderTrainer in this environment, pylate PyLate's in one of its own, which is
-installed into environments=.peers at the first use. Weights are those of model=minilm with a new linear head, documents
-are cut at document_length=180, a step has batch_size=32 pairs, with negatives=1 another document each, and
+installed into environments=.peers at the first use, on a GPU with late-interaction-kernels. Weights are those of
+model=minilm with a new linear head, or random ones of a size (model=random_minilm, random_modernbert_base), documents
+are cut at document_length=180, a step has batch_size=32 queries, with negatives=1 another document each, and
 precision=float32 or bf16. sets=[msmarco_lengths] are pairs of random words, as long as MS MARCO's queries and passages.
+
+loss=contrastive is a softmax over the documents of the batch; loss=cached is the same by GradCache, in pieces of
+mini_batch=32 documents, ours of as many tokens as those may have; loss=distillation is the divergence from a teacher's
+scores, which are made up, over each query's own documents.
 
 First each trainer takes agree=1 steps with dropout off; where a peer fails, has read other tokens, or has a loss more
 than 1e-3 from ours at the first step, no ratio of it is printed and the status is 1. Then each trains steps=8 and
 warmup=2 before them, with the dropout of the weights, in a process of its own, one after the other, rounds=3 times.
 queries/s are those of the timed steps, in the median over the rounds, and so are the ratios, each of one round. Where
-the time of a step of ours goes is measured once more, with trainer.profile=true.
+the time of a step of ours goes is measured once more, with trainer.profile=true. The share of the matrix rate counts
+what a step must multiply, 6 operations a token that is no padding and a weight of the layers and the head (Chowdhery et
+al. 2022, appendix B, without attention's), over what a product of two square matrices reaches in this precision.
 
 What was measured is written to scripts/results/step_<machine>.json, and with readme=true into the README's table.
 LATEFORGE_DATA names the folder of the sets.
@@ -23,8 +30,10 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from enum import Enum
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,10 +47,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
+from torch.utils.benchmark import Timer
+from transformers.utils import logging as transformers_logging
 
 from architectures.export import Format, write_layout
 from configs.schema import ConfigError, Precision
 from scripts.machine import commit, processor
+from scripts.made_workload import SIZES, made_pairs, write_backbone
 from scripts.models import build_model, compose_config
 from scripts.options import read_options
 from scripts.peer_environments import (
@@ -68,6 +80,25 @@ MADE = "msmarco_lengths"
 # A peer's loss of the first step may be so far from ours.
 FIRST_LOSS = 1e-3
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+# Side of the matrices whose product measures what a device can do.
+SIDE = {"cpu": 1024, "cuda": 8192}
+# What PyLate's MaxSim runs on on a GPU.
+KERNELS = "late-interaction-kernels"
+
+
+class Loss(Enum):
+    """What a step computes."""
+
+    contrastive = "contrastive"
+    cached = "cached"
+    distillation = "distillation"
+
+
+LOSSES = {
+    "contrastive": "a softmax over the batch",
+    "cached": "a softmax over the batch by GradCache",
+    "distillation": "distillation",
+}
 
 
 @dataclass
@@ -79,6 +110,8 @@ class Options:
     document_length: int = 180
     batch_size: int = 32
     negatives: int = 0
+    loss: Loss = Loss.contrastive
+    mini_batch: int = 32
     precision: Precision = Precision.float32
     steps: int = 8
     warmup: int = 2
@@ -113,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
         record = measure_all(options)
     except (ConfigError, PeerError) as error:
         return fail(str(error))
-    path = RESULTS / f"step_{re.sub('[^a-z0-9]+', '_', record['machine'].lower()).strip('_')}.json"
+    path = RESULTS / f"{file_name(record)}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table(record)}\n{path}")
     if options.readme:
@@ -132,9 +165,12 @@ def parse(arguments: Sequence[str]) -> Options:
             options.device == "cuda" and not torch.cuda.is_available()
         ),
         "precision=fp16 is not compared: give float32 or bf16": options.precision is Precision.fp16,
-        f"negatives={options.negatives} must be 0 or 1": options.negatives not in (0, 1),
-        "steps, rounds, agree and batch_size must be 1 or more, warmup 0 or more": (
-            min(options.steps, options.rounds, options.agree, options.batch_size) < 1 or options.warmup < 0
+        "loss=distillation compares documents of one query: give negatives=1 or more": (
+            options.loss is Loss.distillation and options.negatives < 1
+        ),
+        "steps, rounds, agree, batch_size and mini_batch must be 1 or more, warmup and negatives 0 or more": (
+            min(options.steps, options.rounds, options.agree, options.batch_size, options.mini_batch) < 1
+            or min(options.warmup, options.negatives) < 0
         ),
     }
     for problem, holds in problems.items():
@@ -146,15 +182,20 @@ def parse(arguments: Sequence[str]) -> Options:
 def measure_all(options: Options) -> dict[str, Any]:
     """What was measured of each set, and on what."""
     if "pylate" in options.peers:
-        install(PEERS["pylate"], Path(options.environments).absolute() / "pylate")
+        pylate = PEERS["pylate"]
+        if options.device == "cuda":
+            pylate = replace(pylate, requirements=(*pylate.requirements, KERNELS))
+        install(pylate, Path(options.environments).absolute() / "pylate")
     datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
     record: dict[str, Any] = {
         "machine": gpu or f"{processor()} {torch.get_num_threads()} threads",
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "command": " ".join(["python scripts/benchmark_step.py", *sys.argv[1:]]),
-        "options": asdict(options) | {"precision": options.precision.name},
+        "options": asdict(options) | {"precision": options.precision.name, "loss": options.loss.name},
+        "matrix_rate": matrix_rate(options),
         "versions": {},
         "sets": {},
     }
@@ -174,13 +215,18 @@ class Contest:
         self.options, self.name, self.folder = options, name, folder
         self.trainers = [OURS, *options.peers]
         self.count = 0
+        self.matrix_weights, self.query_tokens = 0, 0
+        self.model = options.model
+        if options.model in SIZES:
+            self.model = str(folder / options.model)
+            write_backbone(Path(self.model), options.model)
 
     def run(self) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
         """What was measured, by trainer; and the versions of each."""
         options, folder = self.options, self.folder
         for dropout in ("off", "on"):
             self.write_weights(folder / dropout, ["backbone.dropout=0"] if dropout == "off" else [])
-        self.write_pairs(steps=max(options.agree, options.warmup + options.steps))
+        self.write_examples(steps=max(options.agree, options.warmup + options.steps))
         problems, first = dict[str, str](), dict[str, Measured]()
         for trainer in self.trainers:
             try:
@@ -209,27 +255,33 @@ class Contest:
         out = folder / "profile"
         out.mkdir()
         profiled = self.train_ours(folder / "on", out, options.warmup + options.steps, profile=True)
+        timed = slice(options.warmup, None)
+        tokens = median(rounds[OURS][0].tokens[timed]) + self.query_tokens
         result = {
             "problems": problems,
             "phases": profiled.phases,
             "losses_apart": apart,
+            "operations": 6 * tokens * self.matrix_weights,
             "trainers": {trainer: self.summary(rounds[trainer], rounds[OURS]) for trainer in compared},
         }
         return result, {trainer: rounds[trainer][0].versions for trainer in compared}
 
     def write_weights(self, folder: Path, keys: list[str]) -> None:
         """The same weights in each library's layout."""
-        config = compose_config(self.options.model, *self.keys(), *keys)
+        config = compose_config(self.model, *self.keys(), *keys)
         set_seed(1)
         encoder = build_model(config)
+        self.matrix_weights = sum(
+            weights.numel() for name, weights in encoder.named_parameters() if weights.ndim == 2 and "embed" not in name
+        )
         for layout in (Format.sentence_transformers, Format.pylate):
             write_layout(encoder, layout, folder / layout.name)
 
-    def write_pairs(self, *, steps: int) -> None:
+    def write_examples(self, *, steps: int) -> None:
         """As many pairs of the set as the steps take, in two files; no two of one document, which ours would not take
         for a negative of its own query, and the peers would. Negatives are documents of the pairs that follow."""
-        examples = steps * self.options.batch_size
-        wanted, pairs, seen = examples * (1 + self.options.negatives), dict[str, str](), set[str]()
+        examples, negatives = steps * self.options.batch_size, self.options.negatives
+        wanted, pairs, seen = examples * (1 + negatives), dict[str, str](), set[str]()
         for query, positive in made_pairs() if self.name == MADE else self.pairs():
             if query not in pairs and positive not in seen:
                 pairs[query] = positive
@@ -238,37 +290,53 @@ class Contest:
                 break
         if len(pairs) < wanted:
             raise ConfigError(f"{self.name} has {len(pairs):,} different pairs, and the steps take {wanted:,}")
-        rows = [{"query": query, "positive": positive} for query, positive in pairs.items()]
-        for row, negative in zip(rows, rows[examples:], strict=False):
-            row["negative"] = negative["positive"]
-        self.write("given.jsonl", rows[:examples])
+        queries, documents = list(pairs)[:examples], list(pairs.values())
+        rest = iter(documents[examples:])
+        rows: list[dict[str, Any]] = [
+            {"query": query, "documents": [positive, *islice(rest, negatives)]}
+            for query, positive in zip(queries, documents, strict=False)
+        ]
+        if self.options.loss is Loss.distillation:
+            teacher = np.random.default_rng(2).normal(size=(examples, 1 + negatives))
+            rows = [row | {"scores": scores} for row, scores in zip(rows, teacher.tolist(), strict=True)]
+        else:
+            rows = [as_pair(**row) for row in rows]
+        self.write("given.jsonl", rows)
         self.write_in_order(steps)
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """The queries of the set and the first positive of each."""
-        for examples in load_data(compose_config(self.options.model, f"data={self.name}").data).sets:
+        for examples in load_data(compose_config(self.model, f"data={self.name}").data).sets:
             for row in range(len(examples)):
                 example = examples.example(row)
                 yield example["query"], example["documents"][0]
 
     def write_in_order(self, steps: int) -> None:
         """The given pairs in the order of our batches."""
-        config = compose_config(self.options.model, *self.keys(), f"trainer.batch_size={self.options.batch_size}")
+        config = compose_config(self.model, *self.keys(), f"trainer.batch_size={self.options.batch_size}")
         batches = build_batches(config, load_data(config.data).sets, build_model(config), Accelerator(cpu=True))
+        self.query_tokens = sum(batch.queries.tokens for batch in batches[0])
         in_order = [example for step in range(steps) for example in batches.examples(step)]
-        columns = ("query", "positive", "negative")
-        rows = [dict(zip(columns, (each["query"], *each["documents"]), strict=False)) for each in in_order]
-        self.write("pairs.jsonl", rows)
+        columns = ("query", "documents", *(["scores"] if self.options.loss is Loss.distillation else []))
+        self.write("in_order.jsonl", [{column: each[column] for column in columns} for each in in_order])
 
-    def write(self, name: str, rows: list[dict[str, str]]) -> None:
+    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
         (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def keys(self) -> list[str]:
-        """Of our config, for the pairs."""
-        return [
-            *("data=pairs", f"data.path={self.folder / 'given.jsonl'}", "data.evaluation_fraction=0"),
-            f"backbone.document_length={self.options.document_length}",
-        ]
+        """Of our config, for the examples and what is computed of them."""
+        options = self.options
+        keys = [f"data.path={self.folder / 'given.jsonl'}", "data.evaluation_fraction=0"]
+        if options.loss is Loss.distillation:
+            keys += ["data=scored", "data.documents_per_query=null"]
+            keys += ["loss=distillation", "loss.distillation.normalization=none"]
+        else:
+            keys += ["data=pairs", "loss.contrastive.mask_known_positives=false"]
+        if options.loss is Loss.cached:
+            keys.append(f"trainer.cache_tokens={options.mini_batch * options.document_length}")
+        elif options.device == "cuda":
+            keys.append("trainer.chunk_tokens=16384")
+        return [*keys, f"backbone.document_length={options.document_length}"]
 
     def train(self, trainer: str, weights: Path, *, steps: int) -> Measured:
         """Train in a process of its own. Raises PeerError where that fails."""
@@ -285,12 +353,10 @@ class Contest:
             *("backbone=checkpoint", f"backbone.name={weights / Format.sentence_transformers.name}", *self.keys()),
             *("head=default", "name=benchmark", f"output_dir={out / 'run'}", "report=false", "trainer.epochs=null"),
             *(f"trainer.steps={steps}", f"trainer.batch_size={options.batch_size}", "trainer.save_every_steps=null"),
-            *(f"trainer.precision={options.precision.name}", "loss.contrastive.mask_known_positives=false"),
+            f"trainer.precision={options.precision.name}",
             *(f"optimizer.learning_rate={LEARNING_RATE}", f"optimizer.weight_decay={WEIGHT_DECAY}"),
             *("optimizer.warmup_fraction=0", f"trainer.profile={str(profile).lower()}"),
         ]
-        if options.device == "cuda":
-            keys.append("trainer.chunk_tokens=16384")
         variables = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         variables |= {} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, str(ROOT / "train.py"), *keys]
@@ -319,7 +385,9 @@ class Contest:
         task = {
             "library": trainer,
             "model": str(weights / layout.name),
-            "pairs": str(self.folder / "pairs.jsonl"),
+            "loss": options.loss.name,
+            "mini_batch": options.mini_batch,
+            "examples": str(self.folder / "in_order.jsonl"),
             "steps": steps,
             "batch_size": options.batch_size,
             "learning_rate": LEARNING_RATE,
@@ -334,7 +402,9 @@ class Contest:
         if trainer == "pylate":
             environment = Path(options.environments).absolute() / "pylate"
             python, variables = python_of(environment), variables_of(environment)
-            installed = versions_of(environment, PEERS[trainer].package)
+            installed = versions_of(
+                environment, PEERS[trainer].package, *([KERNELS] if options.device == "cuda" else [])
+            )
         if options.device == "cuda":
             variables.pop("CUDA_VISIBLE_DEVICES", None)
         else:
@@ -366,18 +436,26 @@ class Contest:
         }
 
 
-def made_pairs() -> Iterator[tuple[str, str]]:
-    """Random words without end: as many as MS MARCO's queries and passages have, 6 and 56 on average."""
-    random = np.random.default_rng(1)
-    words = np.array(sorted(set(re.findall("[a-z]{3,}", README.read_text(encoding="utf-8").lower()))))
+def matrix_rate(options: Options) -> float:
+    """Operations a second of a product of two square matrices."""
+    side, dtype = SIDE[options.device], torch.bfloat16 if options.precision is Precision.bf16 else torch.float32
+    one, other = torch.randn(2, side, side, device=options.device, dtype=dtype)
+    seconds = Timer("one @ other", globals={"one": one, "other": other}, num_threads=torch.get_num_threads())
+    return float(2 * side**3 / seconds.blocked_autorange(min_run_time=1).median)
 
-    def text(mean: float, deviation: float, least: int) -> str:
-        # The logarithm of a length is normal.
-        length = random.lognormal(np.log(mean) - deviation**2 / 2, deviation)
-        return " ".join(random.choice(words, max(least, round(length))))
 
-    while True:
-        yield text(6, 0.4, 2), text(56, 0.45, 8)
+def as_pair(query: str, documents: list[str]) -> dict[str, Any]:
+    """The first of the documents is the positive."""
+    return {"query": query, "positive": documents[0]} | ({"negatives": documents[1:]} if documents[1:] else {})
+
+
+def file_name(record: dict[str, Any]) -> str:
+    """One a machine, loss and model; those of the options' own defaults are not named."""
+    options, own = record["options"], Options()
+    named = [
+        options[key] for key, default in (("loss", own.loss.name), ("model", own.model)) if options[key] != default
+    ]
+    return re.sub("[^a-z0-9]+", "_", "_".join(["step", record["machine"], *named]).lower()).strip("_")
 
 
 def disagreement(ours: Measured, theirs: Measured) -> str | None:
@@ -411,10 +489,12 @@ def table(record: dict[str, Any]) -> str:
             f"| {words} | {' | '.join(format(each['phases'][phase], '.3f') for each in record['sets'].values())} |"
             for phase, words in PHASES.items()
         ),
+        f"| share of the matrix rate | {' | '.join(format(_share(record, name), '.2f') for name in record['sets'])} |",
         "",
-        f"({record['machine']}, {options['precision']}, batches of {options['batch_size']} pairs"
-        f"{' and a negative each' if options.get('negatives') else ''}, documents of at most "
-        f"{options['document_length']} tokens, medians of {options['rounds']} rounds of {options['steps']} steps; "
+        f"({record['machine']}, {options['precision']}, {options['model']}, {LOSSES[options['loss']]}, batches of "
+        f"{options['batch_size']} queries with {1 + options['negatives']} documents each, of at most "
+        f"{options['document_length']} tokens, medians of {options['rounds']} rounds of {options['steps']} steps, "
+        f"{record['matrix_rate'] / 1e9:,.0f} GFLOP/s in a product of matrices; "
         + "; ".join(f"{name}: {_versions(own)}" for name, own in found.items())
         + f"; commit {record['commit'][:7]}, {record['date']}: `{record['command']}`)",
     ]
@@ -431,6 +511,13 @@ def _rows(name: str, measured: dict[str, Any]) -> Iterator[str]:
         )
     for trainer, problem in measured["problems"].items():
         yield f"| {name} | {TRAINERS[trainer]} | not compared: {problem.replace('|', '/')} | | | | |"
+
+
+def _share(record: dict[str, Any], name: str) -> float:
+    """What a step of ours multiplies a second, over what the machine can."""
+    measured = record["sets"][name]
+    steps = measured["trainers"][OURS]["queries_per_second"] / record["options"]["batch_size"]
+    return float(measured["operations"] * steps / record["matrix_rate"])
 
 
 def _versions(found: dict[str, str]) -> str:

@@ -139,9 +139,9 @@ def variables_of(folder: Path) -> dict[str, str]:
     }
 
 
-def versions_of(folder: Path, package: str) -> dict[str, str]:
-    """The versions in an environment: of Python, which is the one that runs here, of the library and of the rest."""
-    return versions((package, *NEIGHBOURS), [str(path) for path in (folder / "lib").glob("python*/site-packages")])
+def versions_of(folder: Path, *packages: str) -> dict[str, str]:
+    """The versions in an environment: of Python, which is the one that runs here, of the packages and of the rest."""
+    return versions((*packages, *NEIGHBOURS), [str(path) for path in (folder / "lib").glob("python*/site-packages")])
 
 
 def versions(packages: Sequence[str], paths: Sequence[str]) -> dict[str, str]:

@@ -1,14 +1,16 @@
 """Train with sentence-transformers' or with PyLate's own trainer, for benchmark_step.py, in a process of its own.
 
-    python scripts/peer_trainer.py '{"library": "st", "model": ..., "pairs": ..., "steps": 3, "result": ...}'
+    python scripts/peer_trainer.py '{"library": "st", "model": ..., "examples": ..., "steps": 3, "result": ...}'
 
-Nothing of lateforge is imported. library: st or pylate; model: a folder in its layout; pairs: JSON lines of query,
-positive and perhaps negative, batch after batch; batch_size, learning_rate, weight_decay and device: as the names say;
-threads: of torch. result: the JSON file that receives, a step each, seconds, loss, document tokens, those padded, and
-seconds by phase; and the peak memory.
+Nothing of lateforge is imported. library: st or pylate; model: a folder in its layout; examples: JSON lines of query,
+documents, of which the first is the positive, and for loss=distillation their scores, batch after batch; loss:
+contrastive, cached or distillation, mini_batch: texts that cached encodes at once; batch_size, learning_rate,
+weight_decay and device: as the names say; threads: of torch. result: the JSON file that receives, a step each, seconds,
+loss, document tokens, those padded, and seconds by phase; and the peak memory.
 """
 
 import json
+import re
 import resource
 import sys
 import tempfile
@@ -64,9 +66,8 @@ class Clock(TrainerCallback):
 class Counted:
     """A collator, and the document tokens of each batch, those of text and those that are computed."""
 
-    def __init__(self, collator: Any, columns: list[str]) -> None:
+    def __init__(self, collator: Any) -> None:
         self.collator = collator
-        self.columns = columns
         self.tokens: list[int] = []
         self.padded: list[int] = []
 
@@ -75,32 +76,58 @@ class Counted:
 
     def __call__(self, features: Any) -> Any:
         batch = self.collator(features)
-        masks = [batch[f"{column}_attention_mask"] for column in self.columns]
+        masks = [batch[name] for name in batch if re.fullmatch("document.*_attention_mask", name)]
         self.tokens.append(sum(int(mask.sum()) for mask in masks))
         self.padded.append(sum(mask.numel() for mask in masks))
         return batch
+
+
+def rows_of(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """The examples in the columns that the library takes."""
+    lines = Path(task["examples"]).read_text(encoding="utf-8").splitlines()
+    examples = [json.loads(line) for line in lines]
+    if task["loss"] == "distillation" and task["library"] == "pylate":
+        return examples
+    return [
+        {"query": each["query"]}
+        | {f"document_{place}": text for place, text in enumerate(each["documents"])}
+        | ({"label": each["scores"]} if "scores" in each else {})
+        for each in examples
+    ]
+
+
+def loss_of(task: dict[str, Any], model: Any) -> Any:
+    """The library's loss, without a temperature, and what PyLate does to a teacher's scores left out."""
+    name, pieces = task["loss"], {"mini_batch_size": task["mini_batch"]}
+    if task["library"] == "pylate":
+        losses = import_module("pylate.losses")
+        if name == "distillation":
+            return losses.Distillation(model=model, normalize_scores=False)
+        return losses.CachedContrastive(model=model, **pieces) if name == "cached" else losses.Contrastive(model=model)
+    losses = import_module("sentence_transformers.multi_vector_encoder.losses")
+    if name == "distillation":
+        return losses.MultiVectorDistillKLDivLoss(model)
+    if name == "cached":
+        return losses.CachedMultiVectorMultipleNegativesRankingLoss(model, **pieces)
+    return losses.MultiVectorMultipleNegativesRankingLoss(model)
 
 
 def main(task: dict[str, Any]) -> None:
     """Train and write what was measured."""
     torch.set_num_threads(task["threads"])
     torch.manual_seed(1)
-    lines = Path(task["pairs"]).read_text(encoding="utf-8").splitlines()
-    rows = Dataset.from_list([json.loads(line) for line in lines])
-    columns = [column for column in rows.column_names if column != "query"]
+    rows = Dataset.from_list(rows_of(task))
     clock = Clock(task["device"])
     library = import_module("sentence_transformers")
     if task["library"] == "pylate":
         model = import_module("pylate.models").ColBERT(task["model"], device=task["device"])
-        loss = import_module("pylate.losses").Contrastive(model=model)
-        collator, prompts = Counted(import_module("pylate.utils").ColBERTCollator(model.tokenize), columns), {}
+        collator, prompts = Counted(import_module("pylate.utils").ColBERTCollator(model.tokenize)), {}
         trainer, arguments = library.SentenceTransformerTrainer, library.SentenceTransformerTrainingArguments
     else:
         model = library.MultiVectorEncoder(task["model"], device=task["device"])
-        losses = import_module("sentence_transformers.multi_vector_encoder.losses")
-        loss = losses.MultiVectorMultipleNegativesRankingLoss(model)
         # Those of the model are for encoding alone.
-        collator, prompts = None, {"query": model.prompts["query"]} | dict.fromkeys(columns, model.prompts["document"])
+        collator, prompts = None, {"query": model.prompts["query"]}
+        prompts |= {name: model.prompts["document"] for name in rows.column_names if name.startswith("document")}
         trainer, arguments = library.MultiVectorEncoderTrainer, library.MultiVectorEncoderTrainingArguments
 
     class InOrder(trainer):  # type: ignore[misc,valid-type]
@@ -139,12 +166,12 @@ def main(task: dict[str, Any]) -> None:
                 seed=1,
             ),
             train_dataset=rows,
-            loss=loss,
+            loss=loss_of(task, model),
             **({"data_collator": collator} if collator else {}),
             callbacks=[clock],
         )
         if collator is None:
-            collator = trained.data_collator = Counted(trained.data_collator, columns)
+            collator = trained.data_collator = Counted(trained.data_collator)
         clock.reset()
         trained.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

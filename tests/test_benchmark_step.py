@@ -3,16 +3,18 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from architectures.export import Format
 from configs.schema import ConfigError
 from scripts import benchmark_step as benchmark
 from scripts import peer_trainer
-from scripts.benchmark_step import OURS, Contest, Measured, Options
+from scripts.benchmark_step import OURS, Contest, Loss, Measured, Options
 from scripts.peer_environments import PeerError
-from tests.conftest import WORDS
+from tests.conftest import WORDS, type_here
 from tests.trainer.made import to_set
 from trainer.data import Data
 from trainer.data.tables import with_texts
@@ -31,34 +33,70 @@ DONE = Measured(
 )
 
 
-def test_ours_and_sentence_transformers_lose_the_same_over_20_steps(tiny_bert: Path, tmp_path: Path) -> None:
-    steps, batch = 20, 4
-    rows = [
-        {
-            "query": f"what {one} is the {other}",
-            "positive": f"the {other}, {one} and {one} is that {other} {one}"[:size],
-            "negative": f"no {one} is {other}, or {other}",
-        }
-        for one in WORDS
-        for other, size in zip(WORDS, range(12, 40, 2), strict=False)
-    ]
+# Three documents a query, of many lengths.
+ROWS: list[dict[str, Any]] = [
+    {
+        "query": f"what {one} is the {other}",
+        "documents": [
+            f"the {other}, {one} and {one} is that {other} {one}"[:size],
+            f"no {one} is {other}, or {other}",
+            f"{other} {size}",
+        ],
+    }
+    for one in WORDS
+    for other, size in zip(WORDS, range(12, 40, 2), strict=False)
+]
+
+
+def contest_of(tiny_bert: Path, folder: Path, loss: Loss, *, steps: int) -> Contest:
     options = Options(
-        peers=["st"], model=str(tiny_bert), document_length=16, batch_size=batch, negatives=1, warmup=0, steps=steps
+        peers=["st"],
+        model=str(tiny_bert),
+        document_length=16,
+        batch_size=4,
+        negatives=2,
+        loss=loss,
+        mini_batch=3,
+        warmup=0,
+        steps=steps,
     )
-    contest = Contest(options, "made", tmp_path)
-    contest.write("given.jsonl", rows[: steps * batch])
-    contest.write_weights(tmp_path / "off", ["backbone.dropout=0"])
+    contest = Contest(options, "made", folder)
+    rows = ROWS[: steps * options.batch_size]
+    if loss is Loss.distillation:
+        contest.write("given.jsonl", [row | {"scores": [1.5, -0.5, 0.25]} for row in rows])
+    else:
+        contest.write("given.jsonl", [benchmark.as_pair(**row) for row in rows])
+    contest.write_weights(folder / "off", ["backbone.dropout=0"])
     contest.write_in_order(steps)
-    in_order = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    assert sorted(map(str, in_order)) == sorted(map(str, rows[: steps * batch]))
-    assert in_order != rows[: steps * batch]
-    ours, theirs = (contest.train(trainer, tmp_path / "off", steps=steps) for trainer in (OURS, "st"))
+    in_order = [json.loads(line) for line in (folder / "in_order.jsonl").read_text().splitlines()]
+    assert sorted(each["query"] for each in in_order) == sorted(row["query"] for row in rows)
+    assert in_order != rows
+    return contest
+
+
+@pytest.mark.parametrize("loss", Loss)
+def test_ours_and_sentence_transformers_lose_the_same_over_20_steps(
+    loss: Loss, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_here(command: list[str], problem: str, **_: Any) -> None:
+        """In this process, as each of its own would take seconds to import."""
+        if command[1] == str(benchmark.TRAINER):
+            peer_trainer.main(json.loads(command[2]))
+        else:
+            assert type_here(*command[2:]).returncode == 0, problem
+
+    monkeypatch.setattr(benchmark, "run", run_here)
+    contest = contest_of(tiny_bert, tmp_path, loss, steps=20)
+    ours, theirs = (contest.train(trainer, tmp_path / "off", steps=20) for trainer in (OURS, "st"))
     assert benchmark.disagreement(ours, theirs) is None
     assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
     assert ours.losses[-1] != pytest.approx(ours.losses[0], abs=1e-2)
     assert ours.tokens == theirs.tokens
     assert set(theirs.phases) == {"data", "encode and loss", "backward", "optimizer"}
-    assert sum(theirs.phases.values()) == pytest.approx(sum(theirs.seconds) / steps, rel=1e-3)
+    assert sum(theirs.phases.values()) == pytest.approx(sum(theirs.seconds) / 20, rel=1e-3)
+    saved = yaml.safe_load((tmp_path / "out1" / "run" / "config.yaml").read_text())
+    assert saved["loss"]["terms"]["distillation"] == float(loss is Loss.distillation)
+    assert saved["trainer"]["cache_tokens"] == (48 if loss is Loss.cached else None)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +120,13 @@ class Scripted(Contest):
 
     def __init__(self, options: Options, folder: Path, measured: dict[str, Measured | str]) -> None:
         super().__init__(options, "made", folder)
+        self.query_tokens, self.matrix_weights = 30, 1000
         self.measured, self.trained = measured, list[str]()
 
     def write_weights(self, folder: Path, keys: list[str]) -> None:
         pass
 
-    def write_pairs(self, *, steps: int) -> None:
+    def write_examples(self, *, steps: int) -> None:
         pass
 
     def train_ours(self, weights: Path, out: Path, steps: int, *, profile: bool = False) -> Measured:
@@ -122,9 +161,14 @@ def test_a_ratio_is_of_a_round_and_a_peer_that_failed_has_none(tmp_path: Path) -
     assert theirs["document_tokens_per_second"] == 210 / 8
     assert (ours["padded_over_real"], theirs["padded_over_real"]) == (300 / 210, 2)
     assert result["phases"] == dict.fromkeys(PHASES, 0.5)
+    assert result["operations"] == 6 * (105 + 30) * 1000
     table = benchmark.table(
         {
-            "options": {"precision": "float32", "batch_size": 10, "document_length": 180, "rounds": 2, "steps": 2},
+            "options": {
+                **{"precision": "float32", "batch_size": 10, "document_length": 180, "rounds": 2, "steps": 2},
+                **{"model": "minilm", "loss": "distillation", "negatives": 3},
+            },
+            "matrix_rate": 8.1e5,
             "versions": versions,
             "sets": {"made": result},
             **{"machine": "a machine", "commit": "0123456789", "date": "2026-11-23", "command": "python ..."},
@@ -134,6 +178,9 @@ def test_a_ratio_is_of_a_round_and_a_peer_that_failed_has_none(tmp_path: Path) -
     assert "| made | sentence-transformers | 2.50 | 2.00x | 26 | 2.00 | 1,024 MiB |" in table
     assert "| made | PyLate | not compared: no / memory | | | | |" in table
     assert "| backward | 0.500 |" in table
+    # Half a step a second.
+    assert "| share of the matrix rate | 0.50 |" in table
+    assert "(a machine, float32, minilm, distillation, batches of 10 queries with 4 documents each, of at most" in table
 
 
 def test_ours_must_not_fail(tmp_path: Path) -> None:
@@ -152,7 +199,9 @@ def test_the_table_takes_its_place_in_the_readme(tmp_path: Path) -> None:
     [
         (["peers=[stanford]"], "peers=['stanford'] are none: give some of st, pylate"),
         (["device=tpu"], "device=tpu must be cpu or cuda"),
-        (["steps=0"], "steps, rounds, agree and batch_size must be 1 or more, warmup 0 or more"),
+        (["steps=0"], "steps, rounds, agree, batch_size and mini_batch must be 1 or more, warmup and negatives 0 or"),
+        (["loss=distillation"], "loss=distillation compares documents of one query: give negatives=1 or more"),
+        (["loss=triplet"], "loss=triplet must be one of contrastive, cached, distillation"),
         (["precision=fp16"], "precision=fp16 is not compared: give float32 or bf16"),
         (["step=3"], "step is no key"),
         (["steps=many"], "steps=many must be of type integer"),
@@ -178,26 +227,35 @@ def test_no_two_pairs_have_one_query_or_one_document(
     monkeypatch.setattr(benchmark, "load_data", lambda config: Data([examples], {}))
     monkeypatch.setattr(Contest, "write_in_order", lambda contest, steps: None)
     contest = Contest(Options(model=str(tiny_bert), batch_size=3), "squad_sentences", tmp_path)
-    contest.write_pairs(steps=1)
+    contest.write_examples(steps=1)
     written = [json.loads(line) for line in (tmp_path / "given.jsonl").read_text().splitlines()]
     assert [tuple(row.values()) for row in written] == [rows[0], rows[3], rows[4]]
     with pytest.raises(ConfigError, match="squad_sentences has 3 different pairs, and the steps take 6"):
-        contest.write_pairs(steps=2)
+        contest.write_examples(steps=2)
 
 
-def test_made_pairs_are_as_long_as_ms_marcos_and_a_negative_is_no_positive(tiny_bert: Path, tmp_path: Path) -> None:
-    options = Options(model=str(tiny_bert), batch_size=300, document_length=16, negatives=1)
-    Contest(options, benchmark.MADE, tmp_path).write_pairs(steps=2)
+@pytest.mark.parametrize(("loss", "negatives"), [(Loss.contrastive, 1), (Loss.distillation, 3)])
+def test_a_negative_is_no_positive_and_a_teacher_scores_each(
+    loss: Loss, negatives: int, tiny_bert: Path, tmp_path: Path
+) -> None:
+    options = Options(model=str(tiny_bert), batch_size=30, document_length=16, negatives=negatives, loss=loss)
+    Contest(options, benchmark.MADE, tmp_path).write_examples(steps=2)
     given, in_order = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("given.jsonl", "pairs.jsonl")
+        for name in ("given.jsonl", "in_order.jsonl")
     )
-    assert sorted(map(str, in_order)) == sorted(map(str, given))
-    queries, positives, negatives = ([row[name] for row in given] for name in ("query", "positive", "negative"))
-    assert len({*positives, *negatives}) == 2 * len(given) == 1200
-    lengths = [[len(text.split()) for text in texts] for texts in (queries, positives, negatives)]
-    assert [sum(each) / len(each) for each in lengths] == pytest.approx([6, 56, 56], rel=0.06)
-    assert min(lengths[1]) < 25 < 120 < max(lengths[1])
+    assert len(given) == 60
+    documents = [text for row in in_order for text in row["documents"]]
+    assert len(set(documents)) == len(documents) == 60 * (1 + negatives)
+    if loss is Loss.distillation:
+        by_text = {text: score for row in given for text, score in zip(row["documents"], row["scores"], strict=True)}
+        assert [by_text[text] for row in in_order for text in row["documents"]] == [
+            score for row in in_order for score in row["scores"]
+        ]
+        assert len(set(by_text.values())) == len(documents)
+    else:
+        of_query = {row["query"]: [row["positive"], *row["negatives"]] for row in given}
+        assert {row["query"]: row["documents"] for row in in_order} == of_query
 
 
 def test_both_layouts_are_written(tiny_bert: Path, tmp_path: Path) -> None:
