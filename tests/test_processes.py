@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +120,10 @@ def run_with(tiny_bert: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def run_of(run_with: Callable[..., Run]) -> Callable[[int], Run]:
-    """The run of some number of processes, trained once; that of three is cached."""
-
-    @cache
-    def run(processes: int) -> Run:
-        cached = ["trainer.cache_tokens=24"] if processes == 3 else []
-        ours = run_with(torchrun(processes) if processes > 1 else [sys.executable, TRAIN], *cached)
-        assert ours.done.returncode == 0, ours.done.stderr
-        return ours
-
+def one(run_with: Callable[..., Run]) -> Run:
+    """The run of one process."""
+    run = run_with([sys.executable, TRAIN])
+    assert run.done.returncode == 0, run.done.stderr
     return run
 
 
@@ -162,35 +155,13 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
 # --- torchrun ---
 
 
-def test_two_processes_leave_one_run_and_say_everything_once(run_of: Callable[[int], Run]) -> None:
-    ours = run_of(2)
-    assert {path.name for path in ours.folder.iterdir()} == {
-        ".lock",
-        "config.yaml",
-        "metrics.jsonl",
-        "model",
-        "result.json",
-        "scores.jsonl",
-        "scores_before.jsonl",
-    }
-    assert [line["step"] for line in ours.metrics()] == [0, 1, 2, 3]
-    assert ours.result()["processes"] == 2
-    lines = [" ".join(line.split()) for line in ours.done.stdout.splitlines()]
-    batch = "batch 8 queries a step, 2 micro-batch(es) of 4, 2 process(es) of 2 queries each"
-    once = [batch, "precision float32 on", "module what it does parameters", "before ndcg@10", "step 3/3", "model:"]
-    for start in once:
-        assert sum(line.startswith(start) for line in lines) == 1, start
-    assert "Traceback" not in ours.done.stderr
-    assert not errors(ours.done)
-
-
-@pytest.mark.parametrize("processes", [2, 3], ids=["2-plain", "3-cached"])
-def test_several_processes_have_the_losses_gradient_norms_and_scores_of_one(
-    processes: int, run_of: Callable[[int], Run]
+def test_several_processes_with_a_cache_have_the_losses_gradient_norms_and_scores_of_one(
+    run_with: Callable[..., Run], one: Run
 ) -> None:
-    one = run_of(1)
     assert len({line["eval/ndcg@10"] for line in one.metrics() if "eval/ndcg@10" in line}) == 2
-    assert_same_run(run_of(processes), one, processes=processes)
+    ours = run_with(torchrun(3), "trainer.cache_tokens=24")
+    assert ours.done.returncode == 0, ours.done.stderr
+    assert_same_run(ours, one, processes=3)
 
 
 def test_two_processes_log_the_loss_of_each_set_of_a_mix_as_one_does(
@@ -265,16 +236,17 @@ def cases(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def each(
-    cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> list[Steps]:
-    """What each of so many processes has of every case, all of them in one launch."""
+PROCESSES = 3
+
+
+@pytest.fixture(scope="module")
+def each(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> list[Steps]:
+    """What each process has of every case, all of them in one launch."""
     folder = tmp_path_factory.mktemp("steps")
     (folder / "cases").write_bytes(pickle.dumps(cases))
-    done = run_on_cpus(torchrun(request.param, "-m", "tests.gradients_worker"), str(folder), home=folder / "home")
+    done = run_on_cpus(torchrun(PROCESSES, "-m", "tests.gradients_worker"), str(folder), home=folder / "home")
     assert done.returncode == 0, done.stderr
-    return [pickle.loads((folder / f"{rank}_of_{request.param}").read_bytes()) for rank in range(request.param)]
+    return [pickle.loads((folder / f"{rank}_of_{PROCESSES}").read_bytes()) for rank in range(PROCESSES)]
 
 
 @pytest.fixture
@@ -321,18 +293,6 @@ def test_a_step_synchronises_once_plain_or_cached(each: list[Steps]) -> None:
 # --- Mistakes ---
 
 
-def test_a_batch_that_the_processes_cannot_share_gets_one_line(run_with: Callable[..., Run]) -> None:
-    ours = run_with(torchrun(2), "trainer.batch_size=2", "trainer.accumulation_steps=1")
-    # Eleven steps, one of them of a single example.
-    assert errors(ours.done) == [
-        "trainer.batch_size=2 in trainer.accumulation_steps=1 leaves a micro-batch with 1 of its queries, fewer than "
-        "the 2 processes: raise trainer.batch_size or start fewer processes"
-    ]
-    assert ours.done.returncode == 1
-    assert ours.done.stdout == ""
-    assert not ours.folder.exists()
-
-
 def test_an_unknown_key_under_torchrun_gets_one_line(run_with: Callable[..., Run]) -> None:
     ours = run_with(torchrun(2), "trainer.stepz=5")
     [error] = errors(ours.done)
@@ -357,17 +317,33 @@ def test_accelerate_launch_on_cpus_that_starts_one_process_of_two_is_refused(run
     assert not ours.folder.exists()
 
 
-def test_accelerate_launch_with_the_file_for_one_node_runs_two_processes(
-    run_with: Callable[..., Run], run_of: Callable[[int], Run]
+def test_accelerate_launch_with_the_file_for_one_node_leaves_one_run_and_says_everything_once(
+    run_with: Callable[..., Run], one: Run
 ) -> None:
     arguments = ["--config_file", str(CONFIGS / "one_node.yaml"), "--num_processes", "2", "--main_process_port", "0"]
     ours = run_with(without_gpus(accelerate_launch(*arguments)))
     assert ours.done.returncode == 0, ours.done.stderr
-    assert_same_run(ours, run_of(1), processes=2)
+    assert_same_run(ours, one, processes=2)
+    assert {path.name for path in ours.folder.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "metrics.jsonl",
+        "model",
+        "result.json",
+        "scores.jsonl",
+        "scores_before.jsonl",
+    }
+    lines = [" ".join(line.split()) for line in ours.done.stdout.splitlines()]
+    batch = "batch 8 queries a step, 2 micro-batch(es) of 4, 2 process(es) of 2 queries each"
+    once = [batch, "precision float32 on", "module what it does parameters", "before ndcg@10", "step 3/3", "model:"]
+    for start in once:
+        assert sum(line.startswith(start) for line in lines) == 1, start
+    assert "Traceback" not in ours.done.stderr
+    assert not errors(ours.done)
 
 
 def test_two_launches_with_the_file_for_two_nodes_train_one_run(
-    run_with: Callable[..., Run], run_of: Callable[[int], Run], tmp_path: Path
+    run_with: Callable[..., Run], one: Run, tmp_path: Path
 ) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -383,6 +359,6 @@ def test_two_launches_with_the_file_for_two_nodes_train_one_run(
         first, second = machines.map(launch, range(2))
     assert first.done.returncode == 0, first.done.stderr
     assert second.done.returncode == 0, second.done.stderr
-    assert_same_run(first, run_of(1), processes=2)
+    assert_same_run(first, one, processes=2)
     assert "2 process(es)" in first.done.stdout
     assert second.done.stdout == ""

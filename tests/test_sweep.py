@@ -129,7 +129,7 @@ def four(tiny_jobs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Four
     def typed(done: subprocess.CompletedProcess[str]) -> Typed:
         return Typed(done, read_rows(sweep), {job: files_of(sweep, job) for job in jobs})
 
-    first = typed(run_command(*command, cwd=cwd))
+    first = typed(type_here(*command, cwd=cwd))
     (sweep / failing).unlink()
     return FourJobs(sweep, jobs, failing, first, typed(type_here(*command, cwd=cwd)))
 
@@ -297,9 +297,9 @@ def job_of(tiny_jobs: list[str], *overrides: str) -> str:
 
 def test_a_killed_sweep_typed_again_repeats_nothing(tiny_jobs: list[str], tmp_path: Path) -> None:
     # The second is long enough to be met in the middle.
-    command = ["-m", *tiny_jobs, "trainer.save_every_steps=20", "trainer.steps=2,300,3"]
+    command = ["-m", *tiny_jobs, "trainer.save_every_steps=20", "trainer.steps=2,150,3"]
     sweep = tmp_path / folder_of(command)
-    jobs = [job_of(tiny_jobs, "trainer.save_every_steps=20", f"trainer.steps={steps}") for steps in (2, 300, 3)]
+    jobs = [job_of(tiny_jobs, "trainer.save_every_steps=20", f"trainer.steps={steps}") for steps in (2, 150, 3)]
     driver = start(*command, cwd=tmp_path)
     wait_until(lambda: has_trained(sweep / jobs[1]), "the second job", driver)
     driver.kill()
@@ -307,7 +307,7 @@ def test_a_killed_sweep_typed_again_repeats_nothing(tiny_jobs: list[str], tmp_pa
     assert not (sweep / jobs[1] / "result.json").exists()
     files = files_of(sweep, jobs[0])
 
-    again = run_command(*command, cwd=tmp_path)
+    again = type_here(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     rows = read_rows(sweep)
     assert [row["job"] for row in rows] == jobs
@@ -315,7 +315,7 @@ def test_a_killed_sweep_typed_again_repeats_nothing(tiny_jobs: list[str], tmp_pa
     assert states(rows) == ["finished before", "finished before", "finished"]
     assert files_of(sweep, jobs[0]) == files
     assert [len(starts(sweep, job)) for job in jobs] == [1, 1, 1]
-    assert [steps_of(sweep / job) for job in jobs] == [list(range(steps + 1)) for steps in (2, 300, 3)]
+    assert [steps_of(sweep / job) for job in jobs] == [list(range(steps + 1)) for steps in (2, 150, 3)]
     assert [float(row["score"]) for row in rows] == [
         read_json(sweep / job / "result.json")["after"]["ndcg@10"] for job in jobs
     ]
@@ -323,9 +323,9 @@ def test_a_killed_sweep_typed_again_repeats_nothing(tiny_jobs: list[str], tmp_pa
 
 def test_term_lets_the_job_save_and_the_same_command_goes_on(tiny_jobs: list[str], tmp_path: Path) -> None:
     # A second job, which fails at once, shows whether the sweep has come to it.
-    command = ["-m", *tiny_jobs, "trainer.steps=400,0"]
+    command = ["-m", *tiny_jobs, "trainer.steps=150,0"]
     sweep = tmp_path / folder_of(command)
-    job = job_of(tiny_jobs, "trainer.steps=400")
+    job = job_of(tiny_jobs, "trainer.steps=150")
     driver = start(*command, cwd=tmp_path)
     wait_until(lambda: has_trained(sweep / job), "the first job", driver)
     driver.terminate()
@@ -339,7 +339,7 @@ def test_term_lets_the_job_save_and_the_same_command_goes_on(tiny_jobs: list[str
     assert [path.name for path in (sweep / job / "checkpoints").iterdir()] == [f"step_{stopped:08d}"]
     assert steps_of(sweep / job) == list(range(stopped + 1))
 
-    again = run_command(*command, cwd=tmp_path)
+    again = type_here(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stderr == "1 of 2 jobs did not finish; the same command goes on\n"
     rows = read_rows(sweep)
@@ -349,7 +349,7 @@ def test_term_lets_the_job_save_and_the_same_command_goes_on(tiny_jobs: list[str
     assert not (sweep / f"{rows[1]['job']}.log").exists()
     assert starts(sweep, job)[1:] == [[f"resume={sweep.relative_to(tmp_path) / job}"]]
     assert f"resumed after step {stopped}, from " in (sweep / f"{job}.log").read_text()
-    assert steps_of(sweep / job) == list(range(401))
+    assert steps_of(sweep / job) == list(range(151))
 
 
 # --- jobs that fail ---
@@ -383,12 +383,20 @@ def test_where_every_job_fails_the_first_error_is_said(
     assert rows[0]["error"] == error
 
 
-def test_the_command_names_the_folder_of_the_sweep(tiny_jobs: list[str], tmp_path: Path) -> None:
-    command = ["-m", *tiny_jobs, "data.path=first.jsonl,second.jsonl", "hydra.sweep.dir='my sweeps/one'"]
-    assert type_here(*command, cwd=tmp_path).returncode == 1
+def test_any_name_reaches_the_job_and_the_command_names_the_folder_of_the_sweep(
+    tiny_jobs: list[str], tmp_path: Path
+) -> None:
+    # The run says what is wrong with the data, not its command line with the names.
+    given = ["data.path=none.jsonl", 'name="it\'s tiny",team/tiny', "hydra.sweep.dir='my sweeps/one'"]
+    done = type_here("-m", *tiny_jobs, *given, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["my sweeps"]
     sweep = tmp_path / "my sweeps" / "one"
-    jobs = [row["job"] for row in read_rows(sweep)]
+    rows = read_rows(sweep)
+    jobs = [row["job"] for row in rows]
+    assert [job[:-9] for job in jobs] == ["it's tiny", "team-tiny"]
+    assert {row["error"].split(":")[0] for row in rows} == {"data.path=none.jsonl"}
     assert {path.name for path in sweep.iterdir()} == {
         *("jobs", "sweep.csv", "groups.csv", ".lock"),
         *(f"{job}.log" for job in jobs),
@@ -402,17 +410,6 @@ def test_a_sweep_can_be_asked_for_in_other_words(flag: str, tmp_path: Path) -> N
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: trainer.steps=0 must be positive"
     assert states(read_rows(tmp_path / folder_of(["-m", "trainer.steps=0,-1"]))) == ["failed", "failed"]
-
-
-def test_any_name_reaches_the_job(tiny_jobs: list[str], tmp_path: Path) -> None:
-    # The run says what is wrong with the data, not its command line with the name.
-    command = ["-m", *tiny_jobs, "data.path=none.jsonl", 'name="it\'s tiny",team/tiny']
-    done = type_here(*command, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    rows = read_rows(tmp_path / folder_of(command))
-    assert [row["job"][:-9] for row in rows] == ["it's tiny", "team-tiny"]
-    assert {row["error"].split(":")[0] for row in rows} == {"data.path=none.jsonl"}
 
 
 # --- mistakes in the command ---

@@ -100,7 +100,7 @@ def test_documents_are_those_that_a_query_is_trained_with(
 @pytest.mark.parametrize(
     ("overrides", "processes", "words"),
     [
-        # Queries are filled to 8 tokens: two, two and one. Documents have 5, 7, 16, 16 and 16: two in a row, then one each.
+        # Queries are filled to 8 tokens: two, two and one. Documents have 5, 7, 16, 16 and 16: two in a row, then one.
         (["trainer.chunk_tokens=16"], 1, "3 of queries and 4 of documents a step and process, of at most 16 tokens"),
         (
             ["trainer.cache_tokens=16"],
