@@ -105,5 +105,10 @@ class _Join(torch.autograd.Function):
 
 def _to(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A copy, since modules write their outputs into the features they get."""
-    copy = {name: send(value, device) if isinstance(value, Tensor) else value for name, value in features.items()}
-    return copy | {name: value.to(device) for name, value in features.items() if isinstance(value, TextBounds)}
+
+    def sent(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return send(value, device)
+        return value.to(device) if isinstance(value, TextBounds) else value
+
+    return {name: sent(value) for name, value in features.items()}

@@ -1,6 +1,7 @@
 """Attention against torch's, text by text: masks, windows, shared heads, dropout."""
 
 import inspect
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 
 from trainer.attention import ATTENTION, _varlen, attention, use_own_attention
+from trainer.dropout import factors
 from trainer.packing import TextBounds, pack
 
 LENGTHS = [3, 1, 7, 5]
@@ -45,11 +47,23 @@ def layer(*, causal: bool = False, groups: int = 1) -> Any:
     return module
 
 
-def by_loops(query: Tensor, key: Tensor, value: Tensor, *, scaling: float, causal: bool, window: int | None) -> Tensor:
-    """Each token of each text by itself: (heads, tokens, width) to (tokens, heads, width)."""
+def by_loops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    causal: bool,
+    window: int | None,
+    kept: Sequence[Tensor] = (),
+) -> Tensor:
+    """Each token of each text by itself: (heads, tokens, width) to (tokens, heads, width).
+
+    kept: by what the weights are multiplied, (heads, tokens, tokens) a text.
+    """
     groups = len(query) // len(key)
     output = torch.zeros(query.shape[1], len(query), query.shape[2], dtype=query.dtype)
-    for first, stop in pairwise(BOUNDS.offsets.tolist()):
+    for text, (first, stop) in enumerate(pairwise(BOUNDS.offsets.tolist())):
         for token in range(first, stop):
             seen = [
                 other
@@ -58,6 +72,8 @@ def by_loops(query: Tensor, key: Tensor, value: Tensor, *, scaling: float, causa
             ]
             for head in range(len(query)):
                 weights = (key[head // groups, seen] @ query[head, token] * scaling).softmax(dim=0)
+                if kept:
+                    weights = weights * kept[text][head, token - first, [other - first for other in seen]]
                 output[token, head] = weights @ value[head // groups, seen]
     return output
 
@@ -105,21 +121,25 @@ def test_torchs_kernel_is_asked_for_the_same(
     torch.testing.assert_close(ours[0], expected)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 2])
-def test_the_weights_of_a_row_are_dropped_as_those_of_padded_texts(window: int | None) -> None:
+def test_a_row_drops_weights_of_all_its_texts(window: int | None, causal: bool, groups: int) -> None:
     torch.manual_seed(5)
-    query, key, value = torch.randn(3, 1, 2, 16, 4, dtype=torch.float64).unbind()
-    expected = by_loops(query[0], key[0], value[0], scaling=0.3, causal=False, window=window)
-    drawn = torch.stack(
-        [
-            attention(layer(), query, key, value, None, dropout=0.2, scaling=0.3, bounds=BOUNDS, sliding_window=window)[
-                0
-            ]
-            for _ in range(3000)
-        ]
-    )
-    assert not torch.equal(drawn[0], drawn[1])
-    torch.testing.assert_close(drawn.mean(dim=0)[0], expected, atol=0.08, rtol=0)
+    query = torch.randn(1, 4, 16, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 4 // groups, 16, 8, dtype=torch.float64)
+    torch.manual_seed(6)
+    options: dict[str, Any] = {"dropout": 0.3, "scaling": 0.4, "bounds": BOUNDS, "sliding_window": window}
+    ours, _ = attention(layer(causal=causal, groups=groups), query, key, value, None, **options)
+    torch.manual_seed(6)
+    drawn = factors(sum(4 * length**2 for length in LENGTHS), 0.3, torch.float64)
+    assert {0.2 < float((part == 0).double().mean()) < 0.4 for part in drawn.chunk(3)} == {True}
+    kept = [
+        part.view(4, length, length)
+        for part, length in zip(drawn.split([4 * length**2 for length in LENGTHS]), LENGTHS, strict=True)
+    ]
+    expected = by_loops(query[0], key[0], value[0], scaling=0.4, causal=causal, window=window, kept=kept)
+    torch.testing.assert_close(ours[0], expected)
 
 
 def attention_of(encoder: MultiVectorEncoder) -> str:
