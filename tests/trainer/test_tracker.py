@@ -369,7 +369,7 @@ def resumed(tiny_tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -
     cwd = tmp_path_factory.mktemp("cwd")
     output = cwd / "run"
     # Long enough to be met in the middle.
-    arguments = [*tiny_tracked, f"output_dir={output}", "trainer.steps=100", "trainer.save_every_steps=10"]
+    arguments = [*tiny_tracked, f"output_dir={output}", "trainer.steps=200", "trainer.save_every_steps=20"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments, "evaluation.every_steps=50"],
         cwd=cwd,
@@ -377,7 +377,7 @@ def resumed(tiny_tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while not (output / "checkpoints" / "step_00000020").exists():
+    while not (output / "checkpoints" / "step_00000040").exists():
         assert process.poll() is None, "the run ended before its second checkpoint"
         assert time.monotonic() < deadline, "waited in vain for the second checkpoint"
         time.sleep(0.01)
@@ -416,7 +416,7 @@ def test_what_both_parts_record_is_what_the_metrics_say(resumed: Resumed) -> Non
     lines = {line["step"]: line for line in read_lines(resumed.output / "metrics.jsonl")}
     first, second = [read_run(folder).history for folder in recorded_runs(resumed.output)]
     assert len(first) > 20
-    assert second[-1]["step"] == 100
+    assert second[-1]["step"] == 200
     for part in (first, second):
         steps = [line["step"] for line in part]
         assert steps == list(range(steps[0], steps[-1] + 1))
