@@ -16,9 +16,10 @@ First each trainer takes agree=1 steps with dropout off; where a peer fails, has
 than 1e-3 from ours at the first step, no ratio of it is printed and the status is 1. Then each trains steps=8 and
 warmup=2 before them, with the dropout of the weights, in a process of its own, one after the other, rounds=3 times.
 queries/s are those of the timed steps, in the median over the rounds, and so are the ratios, each of one round. Where
-the time of a step of ours goes is measured once more, with trainer.profile=true. The share of the matrix rate counts
-what a step must multiply, 6 operations a token that is no padding and a weight of the layers and the head (Chowdhery et
-al. 2022, appendix B, without attention's), over what a product of two square matrices reaches in this precision.
+the time of a step of ours goes is measured once more, with trainer.profile=true. On a GPU the share of the matrix rate
+counts what a step must multiply, 6 operations a token that is no padding and a weight of the layers and the head
+(Chowdhery et al. 2022, appendix B, without attention's), over what a product of two square matrices reaches in this
+precision; on a CPU, which other programs slow down from one minute to the next, that is no measure.
 
 What was measured is written to scripts/results/step_<machine>.json, and with readme=true into the README's table.
 LATEFORGE_DATA names the folder of the sets.
@@ -80,8 +81,8 @@ MADE = "msmarco_lengths"
 # A peer's loss of the first step may be so far from ours.
 FIRST_LOSS = 1e-3
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
-# Side of the matrices whose product measures what a device can do.
-SIDE = {"cpu": 1024, "cuda": 8192}
+# Side of the matrices whose product measures what a GPU can do.
+SIDE = 8192
 # What PyLate's MaxSim runs on on a GPU.
 KERNELS = "late-interaction-kernels"
 
@@ -195,10 +196,12 @@ def measure_all(options: Options) -> dict[str, Any]:
         "commit": commit(),
         "command": " ".join(["python scripts/benchmark_step.py", *sys.argv[1:]]),
         "options": asdict(options) | {"precision": options.precision.name, "loss": options.loss.name},
-        "matrix_rate": matrix_rate(options),
+        "matrix_rate": None,
         "versions": {},
         "sets": {},
     }
+    if options.device == "cuda":
+        record["matrix_rate"] = matrix_rate(torch.bfloat16 if options.precision is Precision.bf16 else torch.float32)
     for name in options.sets:
         print(f"{name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -436,12 +439,11 @@ class Contest:
         }
 
 
-def matrix_rate(options: Options) -> float:
-    """Operations a second of a product of two square matrices."""
-    side, dtype = SIDE[options.device], torch.bfloat16 if options.precision is Precision.bf16 else torch.float32
-    one, other = torch.randn(2, side, side, device=options.device, dtype=dtype)
-    seconds = Timer("one @ other", globals={"one": one, "other": other}, num_threads=torch.get_num_threads())
-    return float(2 * side**3 / seconds.blocked_autorange(min_run_time=1).median)
+def matrix_rate(dtype: torch.dtype, side: int = SIDE, device: str = "cuda") -> float:
+    """Operations a second of a product of two square matrices, at its fastest."""
+    one, other = torch.randn(2, side, side, device=device, dtype=dtype)
+    measured = Timer("one @ other", globals={"one": one, "other": other}).blocked_autorange(min_run_time=1)
+    return float(2 * side**3 / min(measured.times))
 
 
 def as_pair(query: str, documents: list[str]) -> dict[str, Any]:
@@ -489,12 +491,11 @@ def table(record: dict[str, Any]) -> str:
             f"| {words} | {' | '.join(format(each['phases'][phase], '.3f') for each in record['sets'].values())} |"
             for phase, words in PHASES.items()
         ),
-        f"| share of the matrix rate | {' | '.join(format(_share(record, name), '.2f') for name in record['sets'])} |",
+        *_shares(record),
         "",
         f"({record['machine']}, {options['precision']}, {options['model']}, {LOSSES[options['loss']]}, batches of "
         f"{options['batch_size']} queries with {1 + options['negatives']} documents each, of at most "
-        f"{options['document_length']} tokens, medians of {options['rounds']} rounds of {options['steps']} steps, "
-        f"{record['matrix_rate'] / 1e9:,.0f} GFLOP/s in a product of matrices; "
+        f"{options['document_length']} tokens, medians of {options['rounds']} rounds of {options['steps']} steps; "
         + "; ".join(f"{name}: {_versions(own)}" for name, own in found.items())
         + f"; commit {record['commit'][:7]}, {record['date']}: `{record['command']}`)",
     ]
@@ -513,11 +514,14 @@ def _rows(name: str, measured: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | {TRAINERS[trainer]} | not compared: {problem.replace('|', '/')} | | | | |"
 
 
-def _share(record: dict[str, Any], name: str) -> float:
-    """What a step of ours multiplies a second, over what the machine can."""
-    measured = record["sets"][name]
-    steps = measured["trainers"][OURS]["queries_per_second"] / record["options"]["batch_size"]
-    return float(measured["operations"] * steps / record["matrix_rate"])
+def _shares(record: dict[str, Any]) -> Iterator[str]:
+    """What a step of ours multiplies a second, over what the device can, where that was measured."""
+    if rate := record["matrix_rate"]:
+        of_sets = [
+            each["operations"] * each["trainers"][OURS]["queries_per_second"] / record["options"]["batch_size"] / rate
+            for each in record["sets"].values()
+        ]
+        yield f"| share of {rate / 1e12:,.0f} TFLOP/s | {' | '.join(format(share, '.2f') for share in of_sets)} |"
 
 
 def _versions(found: dict[str, str]) -> str:
