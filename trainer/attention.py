@@ -77,9 +77,8 @@ def _by_text(
             states = own_query[None], own_key[None], own_value[None]
             output = nn.functional.scaled_dot_product_attention(*states, attn_mask=seen, scale=1.0)[0]
         else:
-            scores = own_query @ own_key.transpose(1, 2)
-            scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
-            output = (scores.softmax(dim=-1) * own_kept.view(scores.shape)) @ own_value
+            weights = _weights(own_query, own_key, seen)
+            output = (weights * own_kept.view(weights.shape)) @ own_value
         outputs.append(output.transpose(0, 1))
     return torch.cat(outputs)[None]
 
@@ -110,11 +109,17 @@ def _padded(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(2, 3)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = drop(scores.softmax(dim=-1), dropout)
+    scaled = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = drop(_weights(scaled, key, attention_mask), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def _weights(query: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
+    """What each scaled query gives to each key of those that it sees."""
+    scores = query @ key.transpose(-1, -2)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)
 
 
 def _varlen(
