@@ -90,16 +90,9 @@ KERNELS = "late-interaction-kernels"
 class Loss(Enum):
     """What a step computes."""
 
-    contrastive = "contrastive"
-    cached = "cached"
+    contrastive = "a softmax over the batch"
+    cached = "a softmax over the batch by GradCache"
     distillation = "distillation"
-
-
-LOSSES = {
-    "contrastive": "a softmax over the batch",
-    "cached": "a softmax over the batch by GradCache",
-    "distillation": "distillation",
-}
 
 
 @dataclass
@@ -218,7 +211,6 @@ class Contest:
         self.options, self.name, self.folder = options, name, folder
         self.trainers = [OURS, *options.peers]
         self.count = 0
-        self.matrix_weights, self.query_tokens = 0, 0
         self.model = options.model
         if options.model in SIZES:
             self.model = str(folder / options.model)
@@ -227,9 +219,9 @@ class Contest:
     def run(self) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
         """What was measured, by trainer; and the versions of each."""
         options, folder = self.options, self.folder
-        for dropout in ("off", "on"):
-            self.write_weights(folder / dropout, ["backbone.dropout=0"] if dropout == "off" else [])
-        self.write_examples(steps=max(options.agree, options.warmup + options.steps))
+        self.write_weights(folder / "off", ["backbone.dropout=0"])
+        matrix_weights = self.write_weights(folder / "on", [])
+        query_tokens = self.write_examples(steps=max(options.agree, options.warmup + options.steps))
         problems, first = dict[str, str](), dict[str, Measured]()
         for trainer in self.trainers:
             try:
@@ -259,30 +251,31 @@ class Contest:
         out.mkdir()
         profiled = self.train_ours(folder / "on", out, options.warmup + options.steps, profile=True)
         timed = slice(options.warmup, None)
-        tokens = median(rounds[OURS][0].tokens[timed]) + self.query_tokens
+        tokens = median(rounds[OURS][0].tokens[timed]) + query_tokens
         result = {
             "problems": problems,
             "phases": profiled.phases,
             "losses_apart": apart,
-            "operations": 6 * tokens * self.matrix_weights,
+            "operations": 6 * tokens * matrix_weights,
             "trainers": {trainer: self.summary(rounds[trainer], rounds[OURS]) for trainer in compared},
         }
         return result, {trainer: rounds[trainer][0].versions for trainer in compared}
 
-    def write_weights(self, folder: Path, keys: list[str]) -> None:
-        """The same weights in each library's layout."""
+    def write_weights(self, folder: Path, keys: list[str]) -> int:
+        """The same weights in each library's layout. Returns how many of them each token is multiplied with."""
         config = compose_config(self.model, *self.keys(), *keys)
         set_seed(1)
         encoder = build_model(config)
-        self.matrix_weights = sum(
-            weights.numel() for name, weights in encoder.named_parameters() if weights.ndim == 2 and "embed" not in name
-        )
         for layout in (Format.sentence_transformers, Format.pylate):
             write_layout(encoder, layout, folder / layout.name)
+        return sum(
+            weights.numel() for name, weights in encoder.named_parameters() if weights.ndim == 2 and "embed" not in name
+        )
 
-    def write_examples(self, *, steps: int) -> None:
+    def write_examples(self, *, steps: int) -> int:
         """As many pairs of the set as the steps take, in two files; no two of one document, which ours would not take
-        for a negative of its own query, and the peers would. Negatives are documents of the pairs that follow."""
+        for a negative of its own query, and the peers would. Negatives are documents of the pairs that follow.
+        Returns the tokens of a step's queries."""
         examples, negatives = steps * self.options.batch_size, self.options.negatives
         wanted, pairs, seen = examples * (1 + negatives), dict[str, str](), set[str]()
         for query, positive in made_pairs() if self.name == MADE else self.pairs():
@@ -305,7 +298,7 @@ class Contest:
         else:
             rows = [as_pair(**row) for row in rows]
         self.write("given.jsonl", rows)
-        self.write_in_order(steps)
+        return self.write_in_order(steps)
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """The queries of the set and the first positive of each."""
@@ -314,14 +307,14 @@ class Contest:
                 example = examples.example(row)
                 yield example["query"], example["documents"][0]
 
-    def write_in_order(self, steps: int) -> None:
-        """The given pairs in the order of our batches."""
+    def write_in_order(self, steps: int) -> int:
+        """The given examples in the order of our batches. Returns the tokens of a step's queries."""
         config = compose_config(self.model, *self.keys(), f"trainer.batch_size={self.options.batch_size}")
         batches = build_batches(config, load_data(config.data).sets, build_model(config), Accelerator(cpu=True))
-        self.query_tokens = sum(batch.queries.tokens for batch in batches[0])
         in_order = [example for step in range(steps) for example in batches.examples(step)]
         columns = ("query", "documents", *(["scores"] if self.options.loss is Loss.distillation else []))
         self.write("in_order.jsonl", [{column: each[column] for column in columns} for each in in_order])
+        return sum(batch.queries.tokens for batch in batches[0])
 
     def write(self, name: str, rows: list[dict[str, Any]]) -> None:
         (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -493,7 +486,7 @@ def table(record: dict[str, Any]) -> str:
         ),
         *_shares(record),
         "",
-        f"({record['machine']}, {options['precision']}, {options['model']}, {LOSSES[options['loss']]}, batches of "
+        f"({record['machine']}, {options['precision']}, {options['model']}, {Loss[options['loss']].value}, batches of "
         f"{options['batch_size']} queries with {1 + options['negatives']} documents each, of at most "
         f"{options['document_length']} tokens, medians of {options['rounds']} rounds of {options['steps']} steps; "
         + "; ".join(f"{name}: {_versions(own)}" for name, own in found.items())

@@ -22,10 +22,9 @@ WHOLE = 6
 
 def write_backbone(folder: Path, size: str) -> None:
     """Random weights of a size, and a tokenizer that knows the words of `made_pairs`."""
-    pieces = [word if len(word) <= WHOLE else (word[:4], f"##{word[4:]}") for word in words()]
-    flat = {piece for found in pieces for piece in ([found] if isinstance(found, str) else found)}
+    pieces = {piece for word in words() for piece in ([word] if len(word) <= WHOLE else [word[:4], f"##{word[4:]}"])}
     letters = [*ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase), *punctuation]
-    vocabulary = list(dict.fromkeys([*SPECIAL.values(), *letters, *sorted(flat)]))
+    vocabulary = list(dict.fromkeys([*SPECIAL.values(), *letters, *sorted(pieces)]))
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     tokenizer = BertTokenizer(

@@ -97,7 +97,7 @@ def rows_of(task: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def loss_of(task: dict[str, Any], model: Any) -> Any:
-    """The library's loss, without a temperature, and what PyLate does to a teacher's scores left out."""
+    """The library's loss, without a temperature, and of PyLate's without the scores made 0 to 1 first."""
     name, pieces = task["loss"], {"mini_batch_size": task["mini_batch"]}
     if task["library"] == "pylate":
         losses = import_module("pylate.losses")
